@@ -1,0 +1,560 @@
+"""GRPO: reinforcement learning from a sparse reward (arXiv 2605.12483, steps 1 and 3).
+
+Each problem is answered G times. A completion earns 1 if its boxed answer is right, else 0: one
+number for the whole text. Every token of a completion that did better than its group becomes more
+likely, every token of one that did worse less likely. This one script trains the teacher, the cold
+student (the baseline) and the student after the bridge.
+
+  Eq. 1  A_i = (r_i - mean r) / (std r + 1e-6), std the sample one (n - 1), over the group of i
+  Eq. 2  rho_it = pi(y_t|s_t) / pi_old(y_t|s_t)
+  Eq. 3  J_it = min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.28) A_i), and at least 10 A_i if A_i < 0
+  Eq. 4  loss = - sum_it J_it / (number of completion tokens in the whole update)
+
+No KL to a reference and no entropy bonus. With one update per step pi_old is pi itself: rho is
+exactly 1 and needs no scoring of its own. What is sampled is what is scored: the full softmax at
+--temperature. All randomness follows from (--seed, step), so resuming changes no bit on a CPU.
+
+    python grpo.py                          the pocket teacher: a minute or two on two cores
+    python grpo.py --model Qwen/Qwen3-1.7B --data train.jsonl --val-data val.jsonl --out runs/x
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+import resource
+import shutil
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import math_verify
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kernels import token_logprob
+
+# --- arguments ------------------------------------------------------------------------------------
+
+DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+FLAGS = [  # name, tiny preset, paper preset, least value, meaning
+    ("--data", "tiny/train.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
+    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
+    ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
+    ("--prompts-per-step", 32, 512, 1, "B, the problems of a step"),
+    ("--samples-per-prompt", 8, 8, 2, "G, the completions of a problem"),
+    ("--updates-per-step", 1, 4, 1, "optimizer steps that share the rollouts of a step"),
+    ("--max-new-tokens", 64, 8192, 1, "T, where a completion is cut"),
+    ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
+    ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
+    ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--lr", 3e-4, 1e-6, 0, "learning rate, constant after the warmup"),
+    ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
+    ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
+    ("--grad-clip", 1.0, 1.0, 0, "largest norm of the gradient"),
+    ("--micro-batch", 32, 4, 1, "completions scored at once; does not change the gradient"),
+    ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
+    ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
+]
+CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 10.0
+
+
+def fail(message):
+    """A person reads this: one line on stderr, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_arguments(argv):
+    """The settings: by hand, else from the preset; and the model's context length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--model", default="tiny/teacher", help="directory or hub name")
+    parser.add_argument("--out", help="directory of the run; the same command resumes it")
+    parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=("tiny", "paper"), help="tiny below 10 M parameters")
+    for name, tiny, paper, _, meaning in FLAGS:
+        parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
+    parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
+    parser.add_argument("--advantage", choices=("grpo", "dr_grpo"), default="grpo")
+    args = parser.parse_args(argv)
+    config = AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
+    own_data = args.data is not None  # is validated on a share of itself
+    for name, tiny, paper, least, _ in FLAGS:
+        key = name[2:].replace("-", "_")
+        if getattr(args, key) is None and not (own_data and key == "val_data"):
+            setattr(args, key, tiny if args.preset == "tiny" else paper)
+        if least is not None and not least <= getattr(args, key) < float("inf"):
+            fail(f"{name} must be at least {least}, not {getattr(args, key)}")
+    return args, config.max_position_embeddings
+
+
+# --- problems -------------------------------------------------------------------------------------
+def read_rows(source):
+    """(where, row) for each line of a JSONL file, or for each row of a hub data set."""
+    if source.endswith(".jsonl") or Path(source).is_file():
+        for number, line in enumerate(Path(source).open(encoding="utf-8"), 1):
+            try:
+                yield f"{source}:{number}", dict(json.loads(line))
+            except (ValueError, TypeError):
+                fail(f"{source}:{number}: not a JSON object; mend or delete this line")
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"{source} is no file; data sets of the hub need: pip install datasets")
+    name, _, split = source.partition(":")
+    rows = load_dataset(name, split=split or "train")
+    if source == DAPO:  # the authors' split: 80 %, seed 42
+        rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
+    yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
+
+
+def load_problems(source, tokenizer, args, context, labelled):
+    """[{"problem", "prompt", "ids", "answer"}]; a row that cannot be used is named."""
+    problems = []
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
+    for where, row in read_rows(source):
+        text = next((row[key] for key in ("problem", "question", "prompt") if key in row), None)
+        if isinstance(text, list):  # DAPO: chat messages, an instruction around the problem
+            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text[-1]["content"])
+            text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
+            row = row | row.get("reward_model", {})
+        answers = [row[key] for key in ("answer", "solution", "ground_truth") if key in row]
+        answer = str(answers[0]) if answers else ""
+        answer = last_boxed(answer) or answer.rpartition("####")[2].strip()  # ####: GSM8K's form
+        if not text:
+            fail(f"{where}: no problem (nor question, nor prompt)")
+        if labelled and not INTEGER.fullmatch(answer) and not parse_answer(answer):
+            fail(f"{where}: no answer (nor solution, nor ground_truth) to be read: {answer!r}")
+        prompt = text + args.prompt_suffix
+        if tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(chat, **options)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        problems.append({"problem": text, "prompt": prompt, "ids": ids, "answer": answer})
+    fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
+    if len(fits) < len(problems):
+        print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
+    return fits or fail(f"{source}: not one problem that fits a context of {context} tokens")
+
+
+# --- grading --------------------------------------------------------------------------------------
+INTEGER = re.compile(r"-?\d{1,30}")
+# Towers of powers, long exponents and factorials keep sympy busy for a second each.
+COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
+LATEX = [math_verify.LatexExtractionConfig()]  # the expression extractor would evaluate the text
+
+
+def last_boxed(text):
+    r"""What the last balanced \boxed{} holds, or None."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts[-8:]):  # a text of nothing but boxes must not take a minute
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return text[start : start + match.start()].strip()
+    return None
+
+
+def parse_answer(answer):
+    """math-verify's reading of an answer; empty if it finds none within a second."""
+    box = f"\\boxed{{{answer}}}"
+    return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
+
+
+@lru_cache(maxsize=100_000)
+def same_answer(gold, answer):
+    """The same text, the same integer, or the same mathematics."""
+    if answer == gold or (INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)):
+        return answer == gold or int(answer) == int(gold)
+    if len(answer) > 256 or COSTLY.search(answer):
+        return False
+    return math_verify.verify(parse_answer(gold), parse_answer(answer), timeout_seconds=1)
+
+
+def grade(tokenizer, completion_ids, mask, golds):
+    """The completions as texts, and a reward of 1 for each whose last box holds the gold answer."""
+    texts, rewards, lost = [], [], 0.0
+    for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
+        texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
+        answer, began = last_boxed(texts[-1]), time.monotonic()
+        # After ten seconds lost to hostile answers only equal texts count: a step must not stall.
+        right = answer == gold or (answer is not None and lost < 10 and same_answer(gold, answer))
+        rewards.append(float(right))
+        seconds = time.monotonic() - began
+        lost += seconds if seconds > 0.5 else 0.0
+    return texts, torch.tensor(rewards, device=mask.device)  # (N,)
+
+
+# --- rollout --------------------------------------------------------------------------------------
+class KVLayer(DynamicLayer):
+    """One layer's keys and values, written in place; room is made for 256 positions at a time."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = torch.stack([key_states, value_states])[..., :0, :]  # (2, n, heads, 0, dim)
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if end > self.room.shape[3]:
+            more = end - self.room.shape[3] + 256
+            self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
+        self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key_states, value_states
+        self.keys, self.values = self.room[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = self.room[:, indices]
+        self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
+
+
+def pad_left(prompts, device):
+    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+    return ids.clamp(min=0), (ids >= 0).long()
+
+
+def choose(logits, temperature, noise):
+    """The next tokens (n,): where the running sum of the full softmax passes the noise."""
+    # In float64, because a running sum of 151,936 float32 terms loses the tail.
+    running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
+    return torch.searchsorted(running / running[:, -1:], noise[:, None], right=True).squeeze(1)
+
+
+@torch.no_grad()
+def decode(model, prompts, owner, noise, temperature):
+    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    device, (n, length) = model.device, noise.shape
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
+    prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    options = {"past_key_values": Cache(layer_class_to_replicate=KVLayer), "use_cache": True}
+    options["logits_to_keep"] = 1
+    out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
+    # Each prompt was read once; now its cache is repeated for the completions it owns.
+    out.past_key_values.batch_select_indices(owner)
+    logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
+    attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
+    completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
+    rows = torch.arange(n, device=device)  # those still in the batch
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    for t in range(length):
+        token = choose(logits, temperature, noise[rows, t])
+        completion_ids[rows, t] = token
+        finished = finished | torch.isin(token, eos_ids)
+        n_finished = int(finished.sum())
+        if n_finished == len(rows) or t == length - 1:
+            break
+        if 4 * n_finished >= len(rows):  # dropping rows copies the cache: not for a few
+            kept = (~finished).nonzero().squeeze(1)
+            rows, token, finished = rows[kept], token[kept], finished[kept]
+            position, attention = position[kept], attention[kept]
+            out.past_key_values.batch_select_indices(kept)
+        position = position + 1
+        seen = attention[:, : prompt_ids.shape[1] + t + 1]
+        out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
+        logits = out.logits[:, -1]
+    # Up to and with the first EOS, by position: the padding may be the EOS token too.
+    is_eos = torch.isin(completion_ids, eos_ids).long()
+    mask = is_eos.cumsum(1) - is_eos == 0
+    return completion_ids * mask, mask, ~is_eos.bool().any(1)
+
+
+def rollout(model, prompts, group, rng, args):
+    """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
+    model.eval()
+    owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
+    parts = []
+    with autocast(model):
+        for part in tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2):
+            noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
+            own = prompts[part[0] : part[-1] + 1]
+            parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+# --- scoring --------------------------------------------------------------------------------------
+def autocast(model):
+    """fp32 weights compute in bf16 on a GPU, in fp32 on a CPU."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+def score(model, prompts, completion_ids, mask):
+    """The logits that each completion token was drawn from, (n, T, V)."""
+    prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
+    attention = torch.cat([prompt_mask, mask.long()], dim=1)  # (n, P + T)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    # The one shift: the logits at a position are about the token after it.
+    first = prompt_ids.shape[1] - 1
+    before = torch.arange(first, first + mask.shape[1], device=model.device)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    options = {"use_cache": False, "logits_to_keep": before}
+    with autocast(model):
+        return model(ids, attention_mask=attention, position_ids=position, **options).logits
+
+
+def micro_batches(rows, prompts, completion_ids, mask, args):
+    """--micro-batch rows at a time, sorted by length so that little is padded."""
+    lengths = mask.sum(1)
+    order = rows[lengths[rows].argsort(stable=True)]
+    for part in tqdm(order.split(args.micro_batch), "score", leave=False, delay=2):
+        longest = int(lengths[part].max())
+        own = [prompts[i] for i in part]
+        yield part, own, completion_ids[part, :longest], mask[part, :longest]
+
+
+# --- loss -----------------------------------------------------------------------------------------
+def group_advantage(reward, kind):
+    """Rewards (B, G) to advantages (B, G): how much better than its group each completion did."""
+    advantage = reward - reward.mean(1, keepdim=True)
+    if kind == "grpo":  # dr_grpo leaves the std out
+        advantage = advantage / (reward.std(1, keepdim=True) + 1e-6)  # Eq. 1
+    # Equal rewards teach nothing: exactly 0, though their mean may be a rounding error away.
+    return torch.where((reward == reward[:, :1]).all(1, keepdim=True), 0.0, advantage)
+
+
+def policy_loss(logp, logp_old, advantage, mask, n_tokens):
+    """The loss of a micro-batch (n, T); n_tokens counts the whole update."""
+    ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # Eq. 2
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)  # (n, T)
+    bounded = torch.maximum(objective, DUAL_CLIP * advantage)
+    objective = torch.where(advantage < 0, bounded, objective)  # Eq. 3
+    return -(objective * mask).sum() / n_tokens  # Eq. 4
+
+
+# --- validation -----------------------------------------------------------------------------------
+def validate(model, tokenizer, problems, args):
+    """avg@G, always with the same noise, so that only the model changes."""
+    rng, group = np.random.default_rng([args.seed, 1]), args.samples_per_prompt
+    completion_ids, mask, _ = rollout(model, [p["ids"] for p in problems], group, rng, args)
+    golds = [p["answer"] for p in problems for _ in range(group)]
+    return float(grade(tokenizer, completion_ids, mask, golds)[1].mean())
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+def open_run(args):
+    """The directory of the run, made or reopened, and the state to go on from."""
+    out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
+    sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
+    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
+    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
+    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    path = out / "config.json"
+    if path.exists() and args.overwrite:
+        shutil.rmtree(out)
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
+        differs += ["the code was edited"] * (old["code"] != config["code"])
+        if differs:
+            fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
+    elif out.exists() and any(out.iterdir()):
+        fail(f"{out} holds something that is no run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+    for old in out.glob("*.old"):  # killed between the two renames of save()
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    state = {"step": 0, "best": None, "metrics.jsonl": 0, "samples.jsonl": 0}
+    if (out / "checkpoint").exists():
+        state = json.loads((out / "checkpoint/state.json").read_text(encoding="utf-8"))
+    for name in ("metrics.jsonl", "samples.jsonl"):  # cut back to the checkpoint
+        with (out / name).open("ab") as file:
+            file.truncate(state[name])
+    return out, state
+
+
+def save(path, model, tokenizer, optimizer=None, state=None):
+    """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    new, old = path.with_suffix(".new"), path.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if state is not None:
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
+        shutil.rmtree(new, ignore_errors=True)
+        fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- main -----------------------------------------------------------------------------------------
+def show(tokenizer, completion_ids, signal, name):
+    """A line for each token of one completion: its learning signal, in colour on a terminal."""
+    print(f"{name:>10}  token")
+    for token, value in zip(completion_ids.tolist(), signal.tolist(), strict=True):
+        line = f"{value:+10.3f}  {tokenizer.decode([token])!r}"
+        print(f"\033[{32 if value > 0 else 31}m{line}\033[0m" if sys.stdout.isatty() else line)
+
+
+def share(x):
+    return float(x.float().mean())
+
+
+def main(argv=None):
+    try:
+        train(*parse_arguments(argv))
+    except OSError as error:  # no such model, no such file, no room
+        fail(str(error).splitlines()[0])
+
+
+def train(args, context):
+    # Set-up: the data, the run on disk, the model.
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.chat_template is None:
+        print(f"{args.model} has no chat template: the problem goes in as it is")
+    problems = load_problems(args.data, tokenizer, args, context, labelled=True)
+    if args.val_data is not None:
+        val_problems = load_problems(args.val_data, tokenizer, args, context, labelled=True)
+    else:
+        val_problems = problems[::10][:256]
+        problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
+        print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+    out, state = (None, {"step": 0}) if args.show else open_run(args)
+    print(*[f"to go on with this run: --out {out}\n"] * bool(out), "settings:", vars(args))
+    first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
+    if first_step >= args.steps and (out / "final").exists():
+        return print(f"{out} is done after {first_step} steps; a larger --steps goes on")
+    # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
+    source = out / "checkpoint" if first_step else args.model
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    # Bytes a parameter: two checkpoints of 12, best and final of 4, one more while it is written.
+    needed = 36 * model.num_parameters()
+    if out and shutil.disk_usage(out).free < needed:
+        fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
+    if first_step:
+        path = out / "checkpoint/optimizer.pt"
+        optimizer.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+    elif out:
+        state["best"] = validate(model, tokenizer, val_problems, args)
+        save(out / "best", model, tokenizer)
+        print(f"before the first step: avg@{group} {state['best']:.3f}")
+    # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
+    epochs = range(args.steps * n // len(problems) + 1)
+    seeds = [[args.seed, 0, epoch] for epoch in epochs]
+    order = np.concatenate([np.random.default_rng(s).permutation(len(problems)) for s in seeds])
+
+    bar = tqdm(range(first_step, args.steps), "grpo", initial=first_step, total=args.steps)
+    for step in bar:
+        began = time.monotonic()
+        # 1 sample
+        batch = [problems[i] for i in order[step * n : (step + 1) * n]]
+        rng = np.random.default_rng([args.seed, 2, step])
+        completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
+        batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        prompts = [problem["ids"] for problem in batch]
+        rollouts = prompts, completion_ids, mask
+
+        # 2 grade
+        texts, reward = grade(tokenizer, completion_ids, mask, [p["answer"] for p in batch])
+        reward = reward.view(-1, group)  # (B, G)
+        advantage = group_advantage(reward, args.advantage).view(-1, 1)  # (N, 1)
+        if step == first_step:
+            row = int(advantage.abs().argmax())
+            verdict = f"reward {reward.view(-1)[row]:.0f}, advantage {float(advantage[row]):.2f}"
+            bar.write(f"{batch[row]['prompt']!r} -> {texts[row]!r}: {verdict}")
+        if args.show:
+            ids = completion_ids[row][mask[row]]
+            return show(tokenizer, ids, advantage[row].expand(len(ids)), "advantage")
+
+        # 3 score: pi_old, which is pi itself unless several updates share the rollouts
+        rows = torch.arange(len(batch), device=model.device)
+        logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
+        if args.updates_per_step > 1:
+            for part, own, ids, keep in micro_batches(rows, *rollouts, args):
+                with torch.no_grad():
+                    logits = score(model, own, ids, keep)
+                    logp_old[part, : ids.shape[1]] = token_logprob(logits, ids, args.temperature)[0]
+
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        optimizer.param_groups[0]["lr"] = lr
+        model.train()
+        entropy_sum = grad_norm = 0.0
+        for update in rows.chunk(args.updates_per_step):
+            n_tokens = mask[update].sum()
+            for part, own, ids, keep in micro_batches(update, *rollouts, args):
+                logits = score(model, own, ids, keep)
+                logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)
+                # 4 loss
+                old = logp_old[part, : ids.shape[1]] if args.updates_per_step > 1 else logp.detach()
+                loss = policy_loss(logp, old, advantage[part], keep, n_tokens)
+                loss.backward()
+                entropy_sum += float((entropy.detach() * keep).sum())
+            # 5 update
+            norm = float(clip_grad_norm_(model.parameters(), args.grad_clip))
+            if not np.isfinite(norm):
+                fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+            optimizer.step()
+            optimizer.zero_grad()
+            grad_norm = max(grad_norm, norm)
+
+        # 6 log
+        tokens, seconds = int(mask.sum()), time.monotonic() - began
+        silent = (advantage.view(-1, group) == 0).all(1)  # (B,)
+        line = dict(
+            step=step + 1, reward=share(reward), pass_rate=share(reward > 0), kl=None,
+            entropy=entropy_sum / tokens, length=tokens / len(mask), clipped=share(clipped),
+            zero_variance=share(silent), grad_norm=grad_norm, lr=lr, tokens=tokens,
+            labels=min(len(problems), (step + 1) * n), seconds=seconds, val=None,
+        )  # fmt: skip
+        last = step + 1 == args.steps
+        if last or (step + 1) % args.val_every == 0:
+            line["val"] = validate(model, tokenizer, val_problems, args)
+            bar.write(f"step {step + 1}: avg@{group} {line['val']:.3f}")
+            if line["val"] > state["best"]:
+                state["best"] = line["val"]
+                save(out / "best", model, tokenizer)
+        rows = range(0, len(batch), group)[:4]
+        samples = [{"problem": batch[i]["problem"], "completion": texts[i]} for i in rows]
+        samples = [sample | {"reward": r} for sample, r in zip(samples, reward[:4, 0].tolist())]
+        for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
+            with (out / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
+                state[name] = file.tell()
+        if last or (step + 1) % args.save_every == 0:
+            state["step"] = step + 1
+            save(out / "checkpoint", model, tokenizer, optimizer, state)
+        shown = {k: f"{line[k]:.2f}" for k in ("reward", "length", "clipped", "zero_variance")}
+        bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
+        if step == first_step:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
+            bar.write(f"peak memory: {peak / 1e9:.2f} GB")
+        if line["clipped"] > 0.5:
+            bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
+    save(out / "final", model, tokenizer)
+    print(f"best avg@{group} {state['best']:.3f}: {out}/best; after the last step: {out}/final")
+
+
+if __name__ == "__main__":
+    main()
