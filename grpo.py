@@ -71,7 +71,7 @@ CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 10.0
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -201,7 +201,7 @@ def grade(tokenizer, completion_ids, mask, golds):
         rewards.append(float(right))
         seconds = time.monotonic() - began
         lost += seconds if seconds > 0.5 else 0.0
-    return texts, torch.tensor(rewards, device=mask.device)  # (N,)
+    return texts, rewards
 
 
 # --- rollout --------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def validate(model, tokenizer, problems, args):
     rng, group = np.random.default_rng([args.seed, 1]), args.samples_per_prompt
     completion_ids, mask, _ = rollout(model, [p["ids"] for p in problems], group, rng, args)
     golds = [p["answer"] for p in problems for _ in range(group)]
-    return float(grade(tokenizer, completion_ids, mask, golds)[1].mean())
+    return float(np.mean(grade(tokenizer, completion_ids, mask, golds)[1]))
 
 
 # --- checkpoint -----------------------------------------------------------------------------------
@@ -438,13 +438,15 @@ def train(args, context):
         problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     out, state = (None, {"step": 0}) if args.show else open_run(args)
-    print(*[f"to go on with this run: --out {out}\n"] * bool(out), "settings:", vars(args))
+    print(f"--out {out} goes on with this run" if out else "one rollout, no run")
+    print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
     if first_step >= args.steps and (out / "final").exists():
         return print(f"{out} is done after {first_step} steps; a larger --steps goes on")
     # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
     source = out / "checkpoint" if first_step else args.model
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
+    transformers.utils.logging.disable_progress_bar()  # of every later save
     if args.checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
@@ -476,13 +478,12 @@ def train(args, context):
         rollouts = prompts, completion_ids, mask
 
         # 2 grade
-        texts, reward = grade(tokenizer, completion_ids, mask, [p["answer"] for p in batch])
-        reward = reward.view(-1, group)  # (B, G)
+        texts, rewards = grade(tokenizer, completion_ids, mask, [p["answer"] for p in batch])
+        reward = torch.tensor(rewards, device=model.device).view(-1, group)  # (B, G)
         advantage = group_advantage(reward, args.advantage).view(-1, 1)  # (N, 1)
         if step == first_step:
             row = int(advantage.abs().argmax())
-            verdict = f"reward {reward.view(-1)[row]:.0f}, advantage {float(advantage[row]):.2f}"
-            bar.write(f"{batch[row]['prompt']!r} -> {texts[row]!r}: {verdict}")
+            bar.write(f"{batch[row]['prompt']!r} -> {texts[row]!r}: reward {rewards[row]:.0f}")
         if args.show:
             ids = completion_ids[row][mask[row]]
             return show(tokenizer, ids, advantage[row].expand(len(ids)), "advantage")
@@ -534,9 +535,10 @@ def train(args, context):
             if line["val"] > state["best"]:
                 state["best"] = line["val"]
                 save(out / "best", model, tokenizer)
-        rows = range(0, len(batch), group)[:4]
-        samples = [{"problem": batch[i]["problem"], "completion": texts[i]} for i in rows]
-        samples = [sample | {"reward": r} for sample, r in zip(samples, reward[:4, 0].tolist())]
+        samples = [
+            {"problem": batch[i]["problem"], "completion": texts[i], "reward": rewards[i]}
+            for i in range(0, len(batch), group)[:4]
+        ]
         for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)

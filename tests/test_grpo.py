@@ -1,0 +1,777 @@
+"""grpo.py: the loss against brute force, the rollout against transformers, a run and its kills."""
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+
+ROOT = Path(__file__).parent.parent
+TEACHER = str(ROOT / "tiny/teacher")
+PROBLEMS = [("37+8+5", "50"), ("4+5", "9"), ("12+3+4+9", "28"), ("7+7", "14"), ("91+2+2", "95")]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TEACHER)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"problem": problem, "answer": answer} for problem, answer in PROBLEMS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def command(data, *more):
+    """A run of seconds: two prompts a step, four completions each."""
+    small = "--prompts-per-step 2 --samples-per-prompt 4 --max-new-tokens 40 --steps 3"
+    small += " --val-every 2 --save-every 1 --device cpu"
+    return ["--model", TEACHER, "--data", data, "--val-data", data, *small.split(), *more]
+
+
+def prompt_ids_of(tokenizer, problems):
+    chats = [[{"role": "user", "content": problem}] for problem in problems]
+    texts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def brute_force_loss(logits, old_logits, tokens, reward, lengths):
+    """Equations 1 to 4 in Python floats, one token at a time; one group."""
+
+    def probability(rows, i, t):
+        weights = [math.exp(z) for z in rows[i][t]]
+        return weights[tokens[i][t]] / sum(weights)
+
+    mean = sum(reward) / len(reward)
+    std = math.sqrt(sum((r - mean) ** 2 for r in reward) / (len(reward) - 1))
+    total = 0.0
+    for i, length in enumerate(lengths):
+        advantage = (reward[i] - mean) / (std + 1e-6)
+        for t in range(length):
+            ratio = probability(logits, i, t) / probability(old_logits, i, t)
+            clipped = min(max(ratio, 0.8), 1.28)
+            objective = min(ratio * advantage, clipped * advantage)
+            if advantage < 0:
+                objective = max(objective, 10 * advantage)
+            total += objective
+    return -total / sum(lengths)
+
+
+def test_loss_and_gradient_against_brute_force_on_five_tokens():
+    torch.manual_seed(0)
+    reward, lengths = [1.0, 0.0, 0.0, 1.0], [3, 1, 2, 3]
+    logits = (2 * torch.randn(4, 3, 5, dtype=torch.float64)).requires_grad_()
+    old_logits = logits.detach() + torch.randn(4, 3, 5, dtype=torch.float64)
+    tokens = torch.randint(5, (4, 3))
+    mask = torch.arange(3) < torch.tensor(lengths)[:, None]
+
+    def ours(z):
+        logp, old = (
+            x.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) for x in (z, old_logits)
+        )
+        advantage = grpo.group_advantage(torch.tensor([reward], dtype=torch.float64), "grpo")
+        return grpo.policy_loss(logp, old, advantage.view(-1, 1), mask, mask.sum())
+
+    def theirs(z):
+        return brute_force_loss(z.tolist(), old_logits.tolist(), tokens.tolist(), reward, lengths)
+
+    loss = ours(logits)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(theirs(logits), abs=1e-12)
+    for index in itertools.product(range(4), range(3), range(5)):
+        step = torch.zeros_like(logits)
+        step[index] = 1e-6
+        slope = (theirs(logits.detach() + step) - theirs(logits.detach() - step)) / 2e-6
+        assert float(logits.grad[index]) == pytest.approx(slope, abs=1e-8), index
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "objective", "flows"),
+    [
+        (+1.0, 1.1, 1.1, True),  # inside the clip range: the plain policy gradient
+        (+1.0, 1.5, 1.28, False),  # risen far enough: no further push up
+        (+1.0, 0.5, 0.5, True),  # too low for a good token: pushed up however low
+        (-1.0, 0.9, -0.9, True),
+        (-1.0, 0.5, -0.8, False),  # fallen far enough
+        (-1.0, 1.5, -1.5, True),  # too high for a bad token: pushed down
+        (-1.0, 50.0, -10.0, False),  # but never by more than the dual clip
+    ],
+)
+def test_clip_in_every_quadrant(advantage, ratio, objective, flows):
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True]])
+    a = torch.tensor([[advantage]], dtype=torch.float64)
+    loss = grpo.policy_loss(logp, torch.zeros_like(logp), a, mask, 1)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-objective)
+    assert float(logp.grad) == pytest.approx(-advantage * ratio if flows else 0.0)
+
+
+def test_advantage_of_a_group():
+    reward = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    advantage = grpo.group_advantage(reward, "grpo")
+    assert torch.allclose(advantage[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
+    assert (advantage[1:] == 0).all()  # exactly, and no NaN
+    assert torch.equal(grpo.group_advantage(reward, "dr_grpo")[0], reward[0] - 0.25)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_expected_gradient_is_the_true_one_times_a_constant(group):
+    """Without the std, at a fixed length T, it is (1 - 1/G)/T times the gradient of E[reward]."""
+    torch.manual_seed(1)
+    first = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    second = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    sequences = list(itertools.product(range(2), repeat=2))
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    first_p, second_p = first.log_softmax(-1), second.log_softmax(-1)
+    logp = torch.stack([torch.stack([first_p[a], second_p[a, b]]) for a, b in sequences])  # (4, T)
+    probability = logp.sum(1).exp()
+    true = torch.autograd.grad((probability * rewards).sum(), [first, second], retain_graph=True)
+
+    expected = torch.zeros((), dtype=torch.float64)
+    mask = torch.ones(group, 2, dtype=torch.bool)
+    for drawn in itertools.product(range(4), repeat=group):
+        rows = list(drawn)
+        advantage = grpo.group_advantage(rewards[rows][None], "dr_grpo").view(-1, 1)
+        loss = grpo.policy_loss(logp[rows], logp[rows].detach(), advantage, mask, mask.sum())
+        expected = expected + probability[rows].prod().detach() * loss
+    ours = torch.autograd.grad(expected, [first, second])
+    for mine, right in zip(ours, true, strict=True):
+        assert torch.allclose(mine, -right * (1 - 1 / group) / 2, atol=1e-12)
+
+
+def test_what_lies_behind_the_end_has_no_part_even_if_it_explodes():
+    logp = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    loss = grpo.policy_loss(logp, torch.tensor([[0.0, -200.0]]), torch.ones(1, 1), mask, 1)
+    loss.backward()
+    assert float(loss) == -1.0
+    assert logp.grad.tolist() == [[-1.0, 0.0]]
+
+
+def gradients_of_a_step(monkeypatch, data, *more):
+    """The gradient just before the first update of a run."""
+    seen = []
+
+    def spy(parameters, _):
+        seen.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        return torch.zeros(())
+
+    def rewards(tokenizer, completion_ids, mask, golds):
+        return golds, [float(i % 3 == 0) for i in range(len(golds))]
+
+    monkeypatch.setattr(grpo, "clip_grad_norm_", spy)
+    monkeypatch.setattr(grpo, "grade", rewards)
+    monkeypatch.chdir(Path(data).parent)
+    grpo.main(command(data, "--steps", "1", "--lr", "0", *more))
+    return seen
+
+
+def test_the_micro_batch_does_not_change_the_gradient(monkeypatch, data):
+    runs = [
+        gradients_of_a_step(
+            monkeypatch, data, "--out", size, "--micro-batch", size, "--updates-per-step", "2"
+        )
+        for size in ("1", "3", "8")
+    ]
+    for one, three, eight in zip(*runs, strict=True):
+        assert float(one.norm()) > 1e-3
+        assert torch.allclose(one, eight, atol=1e-6 * float(one.abs().max()))
+        assert torch.allclose(three, eight, atol=1e-6 * float(one.abs().max()))
+
+
+def test_pi_old_is_scored_only_for_several_updates(monkeypatch, data):
+    calls = []
+    score = grpo.score
+    monkeypatch.setattr(grpo, "score", lambda *a: calls.append(1) or score(*a))
+    gradients_of_a_step(monkeypatch, data, "--out", "one", "--micro-batch", "4")
+    assert len(calls) == 2
+    more = ("--micro-batch", "4", "--updates-per-step", "2")
+    gradients_of_a_step(monkeypatch, data, "--out", "two", *more)
+    assert len(calls) == 2 + 4
+
+
+def test_the_end_token_carries_gradient_and_nothing_behind_it(teacher, tokenizer):
+    prompts = prompt_ids_of(tokenizer, ["4+5", "37+8+5"])
+    end = tokenizer.eos_token_id
+    ids = torch.tensor([[5, end, 7, 7], [5, 6, 7, end]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    logits = grpo.score(teacher, prompts, ids, mask)
+    logits.retain_grad()
+    logp = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    grpo.policy_loss(logp, logp.detach(), torch.tensor([[1.0], [-1.0]]), mask, 6).backward()
+    size = logits.grad.abs().sum(-1)
+    assert (size[mask] > 0).all()
+    assert (size[~mask] == 0).all()
+
+
+# --- rollout and scoring --------------------------------------------------------------------------
+
+
+def greedy(logits, temperature, noise):
+    return logits.argmax(-1)
+
+
+def sample(model, prompts, group=1, seed=0, **settings):
+    settings = {"rollout_batch": 1000, "max_new_tokens": 48, "temperature": 1.0} | settings
+    args = types.SimpleNamespace(**settings)
+    return grpo.rollout(model, prompts, group, np.random.default_rng(seed), args)
+
+
+def test_greedy_decoding_equals_generate(teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr(grpo, "choose", greedy)
+    problems = ["4+5", "37+8+5", "12+3+4+9+9+9", "91*77", "5+5", "66+1+2+3+4", "8+1"]
+    prompts = prompt_ids_of(tokenizer, problems)
+    completion_ids, mask, clipped = sample(teacher, prompts)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        theirs = teacher.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48
+        )[0, len(prompt) :]
+        assert completion_ids[i][mask[i]].tolist() == theirs.tolist(), problems[i]
+        assert bool(clipped[i]) == (int(theirs[-1]) != tokenizer.eos_token_id)
+
+
+def test_the_rollout_batch_does_not_change_what_is_sampled(teacher, tokenizer):
+    prompts = prompt_ids_of(tokenizer, [problem for problem, _ in PROBLEMS])
+    whole = sample(teacher, prompts, group=3)
+    for size in (1, 4, 7):
+        parts = sample(teacher, prompts, group=3, rollout_batch=size)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    other = sample(teacher, prompts, group=3, seed=1)
+    assert not torch.equal(whole[0], other[0])
+
+
+def test_every_end_id_of_the_generation_config_ends_a_completion(teacher, tokenizer, monkeypatch):
+    comma = tokenizer.convert_tokens_to_ids(",")
+    for ends in ([tokenizer.eos_token_id, comma], [comma], comma):
+        monkeypatch.setattr(teacher.generation_config, "eos_token_id", ends)
+        prompts = prompt_ids_of(tokenizer, ["12+3+4+9"] * 8)
+        completion_ids, mask, _ = sample(teacher, prompts, group=4)
+        for ids, keep in zip(completion_ids, mask, strict=True):
+            own = ids[keep].tolist()
+            assert comma not in own[:-1]
+            assert (ids[~keep] == 0).all()
+        assert any(comma == ids[keep][-1] for ids, keep in zip(completion_ids, mask, strict=True))
+
+
+def test_what_is_sampled_is_what_is_scored(teacher, tokenizer, monkeypatch):
+    """The logits that a token was drawn from are those it is scored with, at every position."""
+    seen, choose = [], grpo.choose
+    monkeypatch.setattr(grpo, "choose", lambda z, *rest: seen.append(z) or choose(z, *rest))
+    prompts = prompt_ids_of(tokenizer, ["4+5", "12+3+4+9+9+9", "66+1+2+3+4"])
+    completion_ids, mask, _ = sample(teacher, prompts, max_new_tokens=6)
+    with torch.no_grad():
+        scored = grpo.score(teacher, prompts, completion_ids, mask)
+    for t, drawn in enumerate(seen):
+        if len(drawn) == len(prompts):  # until a finished row leaves the batch
+            both = mask[:, t]
+            assert torch.allclose(drawn[both], scored[both, t], atol=1e-4)
+    assert len(seen[1]) == len(prompts)
+
+
+def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
+    prompts = prompt_ids_of(tokenizer, [problem for problem, _ in PROBLEMS])
+    completion_ids, mask, _ = sample(teacher, prompts)
+    with torch.no_grad():
+        batched = grpo.score(teacher, prompts, completion_ids, mask)
+        for i, prompt in enumerate(prompts):
+            length = int(mask[i].sum())
+            row = completion_ids[i : i + 1, :length]
+            # Not through our own padding: the model alone, on the plain sequence.
+            alone = teacher(torch.cat([torch.tensor([prompt]), row], 1)).logits
+            alone = alone[0, len(prompt) - 1 : -1]
+            assert torch.allclose(batched[i, :length], alone, atol=1e-4)
+
+
+def test_choose_follows_the_softmax_at_the_temperature():
+    logits = torch.tensor([2.0, 1.0, -float("inf"), 0.0]).expand(40_000, 4)
+    noise = torch.from_numpy(np.random.default_rng(0).random(40_000))
+    counts = torch.bincount(grpo.choose(logits, 0.7, noise), minlength=4) / 40_000
+    assert torch.allclose(counts, (logits[0] / 0.7).softmax(-1), atol=0.01)
+    extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    padded = torch.tensor([[-float("inf"), 1.0, 1.0, -float("inf")]]).expand(2, 4)
+    assert grpo.choose(padded, 1.0, extremes).tolist() == [1, 2]  # never a row of probability 0
+
+
+def test_a_token_does_not_copy_the_cache():
+    layer = grpo.KVLayer()
+    layer.update(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
+    place = layer.room.data_ptr()
+    for length in range(6, 250):
+        new = torch.full((2, 1, 1, 4), float(length))
+        keys, values = layer.update(new, -new)
+        assert layer.room.data_ptr() == place
+        assert keys.shape == (2, 1, length, 4)
+        assert (keys[:, :, -1] == length).all() and (values[:, :, -1] == -length).all()
+    before = keys.clone()
+    for _ in range(20):  # over the end of the room
+        keys, _ = layer.update(new, new)
+    assert torch.equal(keys[:, :, :249], before)
+    layer.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(layer.keys, keys[1:])
+
+
+# --- problems and grading -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{50}", "50"),
+        ("\\boxed{1} no, \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{x : x > 1\\right.}", "\\left\\{x : x > 1\\right."),
+        ("\\boxed{7} and then \\boxed{8", "7"),
+        ("\\boxed {9}", "9"),
+        ("\\boxed{}", ""),
+        ("no box", None),
+        ("\\boxed{1", None),
+        ("\\boxed{" * 50_000, None),
+        ("{" * 100_000 + "\\boxed{3}", "3"),
+    ],
+)
+def test_last_balanced_box(text, answer):
+    assert grpo.last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("50", "50", True),
+        ("50", "050", True),
+        ("50", "51", False),
+        ("50", "", False),
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{1}{2}", "\\dfrac12", True),
+        ("\\frac{1}{2}", "\\frac{1}{3}", False),
+        ("1,000", "1000", True),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("\\{1,2\\}", "\\{1,3\\}", False),
+        ("(1,2]", "(1,2)", False),
+        ("\\text{Evelyn}", "\\text{Evelyn}", True),
+        ("\\text{Evelyn}", "\\text{Bob}", False),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("5", "9^{9^{9^9}}", False),
+        ("5", "\\text{__import__('os').system('touch /tmp/pwned')}", False),
+    ],
+)
+def test_same_answer(gold, answer, same):
+    assert grpo.same_answer(gold, answer) is same
+
+
+def test_hostile_answers_do_not_stall_a_step(tokenizer, monkeypatch):
+    towers = [f"9^{{9^{{9^{{{i}}}}}}}" for i in range(30)] + [f"{i}{i}99999!" for i in range(30)]
+    towers += [f"(10^{{999}})^{{99{i}}}" for i in range(30)] + ["1" * 10**6, "{" * 10**5]
+    texts = [f"\\boxed{{{tower}}}" for tower in towers]
+    monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, i, **_: texts[int(i[0])])
+    ids = torch.arange(len(texts))[:, None]
+    began = time.monotonic()
+    _, rewards = grpo.grade(tokenizer, ids, torch.ones_like(ids).bool(), ["5"] * len(texts))
+    assert time.monotonic() - began < 5
+    assert sum(rewards) == 0
+
+
+def test_a_batch_spends_seconds_at_most_on_what_no_screen_catches(tokenizer, monkeypatch):
+    texts = [f"\\boxed{{{i}}}" for i in range(100)]
+    monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, i, **_: texts[int(i[0])])
+    clock = iter(range(10_000))
+    monkeypatch.setattr(grpo.time, "monotonic", lambda: next(clock))  # each answer takes a second
+    calls = []
+    monkeypatch.setattr(grpo, "same_answer", lambda *a: calls.append(a) or False)
+    ids = torch.arange(100)[:, None]
+    _, rewards = grpo.grade(tokenizer, ids, torch.ones_like(ids).bool(), ["99"] * 100)
+    assert len(calls) == 10
+    assert rewards[99] == 1.0  # the same text still counts
+
+
+def load(tokenizer, path, labelled=True, **settings):
+    args = types.SimpleNamespace(thinking=False, prompt_suffix="", max_new_tokens=8, **settings)
+    return grpo.load_problems(str(path), tokenizer, args, 256, labelled)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem", "answer"),
+    [
+        ({"problem": "4+5", "answer": 9}, "4+5", "9"),
+        ({"question": "4+5", "answer": "4+5=9\n#### 9"}, "4+5", "9"),
+        ({"prompt": "4+5", "solution": "so \\boxed{\\frac{1}{2}}"}, "4+5", "\\frac{1}{2}"),
+        ({"problem": "4+5", "ground_truth": "9"}, "4+5", "9"),
+        (
+            {
+                "prompt": [
+                    {
+                        "role": "user",
+                        "content": "Solve the following math problem step by step. The last line "
+                        "of your response should be of the form Answer: $Answer (without quotes) "
+                        "where $Answer is the answer to the problem.\n\n4+5\n\nRemember to put "
+                        'your answer on its own line after "Answer:".',
+                    }
+                ],
+                "reward_model": {"ground_truth": "9", "style": "rule"},
+            },
+            "4+5",
+            "9",
+        ),
+    ],
+)
+def test_forms_of_data(tokenizer, tmp_path, row, problem, answer):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    (loaded,) = load(tokenizer, tmp_path / "d.jsonl")
+    assert (loaded["problem"], loaded["answer"]) == (problem, answer)
+    assert loaded["prompt"] == f"<|user|>{problem}<|assistant|>"
+
+
+class HubData(list):
+    def train_test_split(self, test_size, seed):
+        assert (test_size, seed) == (0.2, 42)
+        return {"train": HubData(self[: int(0.8 * len(self))])}
+
+
+def test_data_sets_of_the_hub(tokenizer, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit):
+        load(tokenizer, "openai/gsm8k")
+    assert "pip install datasets" in capsys.readouterr().err
+    rows = [{"problem": f"{i}+1", "answer": f"{i + 1}"} for i in range(10)]
+    asked = []
+    fake = types.SimpleNamespace(
+        load_dataset=lambda name, split: asked.append((name, split)) or HubData(rows)
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert len(load(tokenizer, "some/data:test")) == 10
+    assert len(load(tokenizer, grpo.DAPO)) == 8
+    assert asked == [("some/data", "test"), (grpo.DAPO, "train")]
+
+
+def test_unlabelled_problems_and_prompts_that_are_too_long(tokenizer, tmp_path, capsys):
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        json.dumps({"problem": "4+5"}) + "\n" + json.dumps({"problem": "1+" * 200 + "1"})
+    )
+    assert [p["problem"] for p in load(tokenizer, path, labelled=False)] == ["4+5"]
+    assert "skipped 1 prompts" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_chat_template(tmp_path, data, monkeypatch, capsys):
+    shutil.copytree(TEACHER, tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").unlink()
+    monkeypatch.chdir(tmp_path)
+    grpo.main(command(data, "--model", "plain", "--out", "x", "--steps", "1"))
+    out = capsys.readouterr().out
+    assert "no chat template" in out
+    assert "<|user|>" not in out
+
+
+# --- a run on disk --------------------------------------------------------------------------------
+
+KEYS = "step reward pass_rate kl entropy length clipped zero_variance grad_norm lr tokens labels"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, data, capsys):
+    out = tmp_path / "run"
+    grpo.main(command(data, "--out", str(out), "--warmup-steps", "2", "--lr", "1e-3"))
+    printed = capsys.readouterr().out
+    for promised in (f"--out {out}", "<|user|>", "reward", "peak memory", "best avg@4"):
+        assert promised in printed
+    metrics = lines_of(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert set(metrics[0]) == {*KEYS.split(), "seconds", "val"}
+    assert [line["lr"] for line in metrics] == [5e-4, 1e-3, 1e-3]
+    assert [line["labels"] for line in metrics] == [2, 4, 5]
+    assert [line["val"] is None for line in metrics] == [True, False, False]
+    assert {"step", "problem", "completion", "reward"} == set(lines_of(out / "samples.jsonl")[0])
+    for name in ("best", "final", "checkpoint"):
+        AutoModelForCausalLM.from_pretrained(out / name)
+        AutoTokenizer.from_pretrained(out / name)
+    assert not [path for path in out.iterdir() if path.suffix in (".new", ".old")]
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
+    final = (out / "final/model.safetensors").read_bytes()
+    assert final != Path(TEACHER, "model.safetensors").read_bytes()
+    # Done: the same command does nothing, more steps go on, and the next script can start from it.
+    grpo.main(command(data, "--out", str(out), "--warmup-steps", "2", "--lr", "1e-3"))
+    assert "a larger --steps goes on" in capsys.readouterr().out
+    grpo.main(
+        command(data, "--out", str(out), "--warmup-steps", "2", "--lr", "1e-3", "--steps", "4")
+    )
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    grpo.main(command(data, "--model", str(out / "best"), "--out", str(tmp_path / "next")))
+
+
+def test_best_is_the_best_on_validation(tmp_path, data, monkeypatch):
+    values = iter([0.2, 0.5, 0.4])
+    weights = []
+
+    def validate(model, *_):
+        weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+        return next(values)
+
+    monkeypatch.setattr(grpo, "validate", validate)
+    grpo.main(command(data, "--out", str(tmp_path / "run")))  # validates before, at 2 and at 3
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "run/best")
+    assert torch.equal(torch.cat([p.detach().flatten() for p in best.parameters()]), weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    grpo.main(command(data, "--steps", "1"))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("grpo-20")
+    assert capsys.readouterr().out.startswith(f"--out runs/{run.name} goes on")
+
+
+def test_without_validation_data_a_tenth_is_set_aside(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"problem": f"{i}+{j}", "answer": f"{i + j}"} for i in range(1, 8) for j in range(1, 10)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    monkeypatch.setattr(
+        grpo, "validate", lambda model, tokenizer, problems, args: seen.extend(problems) or 0.0
+    )
+    monkeypatch.chdir(tmp_path)
+    small = command("d.jsonl", "--out", "x", "--steps", "1", "--prompts-per-step", "56")
+    del small[4:6]  # --val-data
+    grpo.main(small)
+    assert "7 in all" in capsys.readouterr().out
+    used = {line["problem"] for line in lines_of("x/samples.jsonl")}
+    assert not used & {p["problem"] for p in seen}
+    assert lines_of("x/metrics.jsonl")[0]["labels"] == 56
+
+
+def test_show_prints_one_rollout_token_by_token(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    grpo.main(command(data, "--show", "--samples-per-prompt", "8"))
+    printed = capsys.readouterr().out
+    assert "'<|end|>'" in printed and "\033" not in printed
+    assert not (tmp_path / "runs").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the script catches it."""
+
+
+def run_with_a_kill(monkeypatch, arguments, at):
+    """Run until the at-th touch of the disk and die there; True if the run ended before."""
+    touches = itertools.count()
+
+    def deadly(function):
+        def wrapper(*args, **kwargs):
+            if next(touches) == at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.torch, "save", deadly(torch.save))
+        patch.setattr(grpo.json, "dumps", deadly(json.dumps))
+        patch.setattr(grpo.shutil, "rmtree", deadly(shutil.rmtree))
+        for name in ("rename", "replace", "write_text", "mkdir"):
+            patch.setattr(Path, name, deadly(getattr(Path, name)))
+        try:
+            grpo.main(arguments)
+        except Killed:
+            return False
+    return True
+
+
+def same_run(one, other):
+    for name in ("final", "best", "checkpoint"):
+        for file in ("model.safetensors", "optimizer.pt"):
+            if (one / name / file).exists():
+                assert (one / name / file).read_bytes() == (other / name / file).read_bytes(), name
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    metrics = [lines_of(run / "metrics.jsonl") for run in (one, other)]
+    for mine, theirs in zip(*metrics, strict=True):
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_a_kill_at_any_touch_of_the_disk_changes_no_bit(tmp_path, data, monkeypatch):
+    arguments = command(data, "--updates-per-step", "2")
+    whole = tmp_path / "whole"
+    grpo.main([*arguments, "--out", str(whole)])
+    killed = tmp_path / "killed"
+    deaths = 0
+    # Each life dies a little later than the one before it, until one reaches the end.
+    for at in itertools.count(0, 3):
+        if run_with_a_kill(monkeypatch, [*arguments, "--out", str(killed)], at):
+            break
+        deaths += 1
+        for name in ("best", "final", "checkpoint"):  # what is there is whole
+            for folder in (killed / name, killed / f"{name}.old"):
+                if folder.exists():
+                    AutoModelForCausalLM.from_pretrained(folder)
+    assert deaths > 5
+    same_run(whole, killed)
+
+
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path, data):
+    arguments = [sys.executable, "grpo.py", *command(data, "--steps", "40", "--save-every", "2")]
+    grown = ["--samples-per-prompt", "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
+    subprocess.run([*arguments, *grown, "--out", tmp_path / "whole"], check=True, **options)
+    rng, killed = random.Random(0), tmp_path / "killed"
+    for _ in range(2):
+        process = subprocess.Popen([*arguments, *grown, "--out", killed], **options)
+        while not (killed / "checkpoint").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*arguments, *grown, "--out", killed], check=True, **options)
+    same_run(tmp_path / "whole", killed)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, data, monkeypatch, capsys):
+    out, calls = tmp_path / "run", itertools.count()
+
+    def full(*args):
+        if next(calls) == 1:
+            raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+        torch_save(*args)
+
+    torch_save = torch.save
+    monkeypatch.setattr(grpo.torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(command(data, "--out", str(out)))
+    assert stop.value.code == 2
+    assert "make room" in capsys.readouterr().err
+    assert json.loads((out / "checkpoint/state.json").read_text())["step"] == 1
+    assert not (out / "checkpoint.new").exists()
+    grpo.main(command(data, "--out", str(out)))
+    assert (out / "final").exists()
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refusal(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(arguments)
+    assert stop.value.code == 2
+    err = [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
+    ]
+    assert len(err) == 1, err
+    return err[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--samples-per-prompt", "1"], "--samples-per-prompt must be at least 2"),
+        (["--micro-batch", "0"], "--micro-batch must be at least 1"),
+        (["--lr=-1e-6"], "--lr must be at least 0"),
+        (["--lr", "nan"], "--lr must be at least 0"),
+        (["--steps", "many"], "--steps"),
+        (["--stepz", "3"], "--stepz"),
+        (["--max-new-tokens", "256"], "context of 256"),
+    ],
+)
+def test_bad_flags(capsys, data, tmp_path, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert said in refusal(capsys, command(data, *more))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", ":6: not a JSON object"),
+        ("[1]", ":6: not a JSON object"),
+        ('{"answer": "1"}', ":6: no problem"),
+        ('{"problem": "1+1"}', ":6: no answer"),
+        ('{"problem": "1+1", "answer": ""}', ":6: no answer"),
+        ('{"problem": "1+1", "answer": "\\\\frac{1}{"}', ":6: no answer"),
+    ],
+)
+def test_bad_lines(capsys, data, line, said):
+    with open(data, "a") as file:
+        file.write(line + "\n")
+    assert f"{data}{said}" in refusal(capsys, command(data))
+
+
+def test_an_empty_file(capsys, data):
+    Path(data).write_text("")
+    assert "data.jsonl" in refusal(capsys, command(data))
+
+
+def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    once = command(data, "--out", str(out), "--steps", "1")
+    grpo.main(once)
+    said = refusal(capsys, [*once, "--lr", "0.5"])
+    assert "lr was 0.0003" in said and "--overwrite" in said
+    source = (ROOT / "grpo.py").read_text()
+    commented = source.replace("CLIP_LOW, CLIP_HIGH", "# a comment\nCLIP_LOW, CLIP_HIGH", 1)
+    for text, edited in (
+        (commented, False),
+        (source.replace("0.28, 10.0", "0.3, 10.0"), 1),
+    ):
+        (tmp_path / "grpo.py").write_text(text)
+        shutil.copytree(ROOT / "kernels", tmp_path / "kernels", dirs_exist_ok=True)
+        monkeypatch.setattr(grpo, "__file__", str(tmp_path / "grpo.py"))
+        if edited:
+            assert "the code was edited" in refusal(capsys, once)
+        else:
+            grpo.main(once)
+    grpo.main([*once, "--overwrite"])
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("ten years of work")
+    for more in ([], ["--overwrite"]):
+        said = refusal(capsys, command(data, "--out", str(stranger), *more))
+        assert "give another --out" in said
+    assert (stranger / "thesis.tex").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(capsys, data, tmp_path, monkeypatch):
+    loss, calls = grpo.policy_loss, itertools.count()
+    monkeypatch.setattr(
+        grpo, "policy_loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 1 else 1.0)
+    )
+    said = refusal(capsys, command(data, "--out", str(tmp_path / "run")))
+    assert "step 2" in said and "not finite" in said
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint").parameters()
+    assert all(bool(p.isfinite().all()) for p in weights)
+    assert np.isfinite(lines_of(tmp_path / "run/metrics.jsonl")[-1]["grad_norm"])
