@@ -126,8 +126,8 @@ def read_rows(source):
     yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
 
 
-def load_problems(source, tokenizer, args, context, labelled):
-    """[{"problem", "prompt", "ids", "answer"}]; a row that cannot be used is named."""
+def load_problems(source, tokenizer, args, context):
+    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
     problems = []
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
     for where, row in read_rows(source):
@@ -135,20 +135,15 @@ def load_problems(source, tokenizer, args, context, labelled):
         if isinstance(text, list):  # DAPO: chat messages, an instruction around the problem
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text[-1]["content"])
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
-            row = row | row.get("reward_model", {})
-        answers = [row[key] for key in ("answer", "solution", "ground_truth") if key in row]
-        answer = str(answers[0]) if answers else ""
-        answer = last_boxed(answer) or answer.rpartition("####")[2].strip()  # ####: GSM8K's form
-        if not text:
-            fail(f"{where}: no problem (nor question, nor prompt)")
-        if labelled and not INTEGER.fullmatch(answer) and not parse_answer(answer):
-            fail(f"{where}: no answer (nor solution, nor ground_truth) to be read: {answer!r}")
-        prompt = text + args.prompt_suffix
+        prompt = (
+            text or fail(f"{where}: no problem (nor question, nor prompt)")
+        ) + args.prompt_suffix
         if tokenizer.chat_template is not None:
             chat = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(chat, **options)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        problems.append({"problem": text, "prompt": prompt, "ids": ids, "answer": answer})
+        problem = {"where": where, "row": row, "problem": text, "prompt": prompt, "ids": ids}
+        problems.append(problem)
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
@@ -178,6 +173,18 @@ def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     box = f"\\boxed{{{answer}}}"
     return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
+
+
+def read_answers(problems):
+    """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
+    for problem in problems:
+        row = problem["row"] | problem["row"].get("reward_model", {})  # DAPO keeps it there
+        found = [row[key] for key in ("answer", "solution", "ground_truth") if key in row]
+        text = str(found[0]) if found else ""
+        answer = last_boxed(text) or text.rpartition("####")[2].strip()
+        if not INTEGER.fullmatch(answer) and not parse_answer(answer):
+            fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
+        problem["answer"] = answer
 
 
 @lru_cache(maxsize=100_000)
@@ -245,11 +252,10 @@ def decode(model, prompts, owner, noise, temperature):
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    options = {"past_key_values": Cache(layer_class_to_replicate=KVLayer), "use_cache": True}
-    options["logits_to_keep"] = 1
+    cache = Cache(layer_class_to_replicate=KVLayer)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
-    # Each prompt was read once; now its cache is repeated for the completions it owns.
-    out.past_key_values.batch_select_indices(owner)
+    cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
     attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
     completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
@@ -259,14 +265,13 @@ def decode(model, prompts, owner, noise, temperature):
         token = choose(logits, temperature, noise[rows, t])
         completion_ids[rows, t] = token
         finished = finished | torch.isin(token, eos_ids)
-        n_finished = int(finished.sum())
-        if n_finished == len(rows) or t == length - 1:
+        if finished.all() or t == length - 1:
             break
-        if 4 * n_finished >= len(rows):  # dropping rows copies the cache: not for a few
+        if finished.float().mean() >= 0.25:  # dropping rows copies the cache: not for a few
             kept = (~finished).nonzero().squeeze(1)
             rows, token, finished = rows[kept], token[kept], finished[kept]
             position, attention = position[kept], attention[kept]
-            out.past_key_values.batch_select_indices(kept)
+            cache.batch_select_indices(kept)
         position = position + 1
         seen = attention[:, : prompt_ids.shape[1] + t + 1]
         out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
@@ -376,12 +381,12 @@ def open_run(args):
     for old in out.glob("*.old"):  # killed between the two renames of save()
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    state = {"step": 0, "best": None, "metrics.jsonl": 0, "samples.jsonl": 0}
+    state = {"step": 0, "best": None, "bytes": {}}
     if (out / "checkpoint").exists():
         state = json.loads((out / "checkpoint/state.json").read_text(encoding="utf-8"))
-    for name in ("metrics.jsonl", "samples.jsonl"):  # cut back to the checkpoint
-        with (out / name).open("ab") as file:
-            file.truncate(state[name])
+    for path in out.glob("*.jsonl"):  # cut back to the checkpoint
+        with path.open("ab") as file:
+            file.truncate(state["bytes"].get(path.name, 0))
     return out, state
 
 
@@ -414,10 +419,6 @@ def show(tokenizer, completion_ids, signal, name):
         print(f"\033[{32 if value > 0 else 31}m{line}\033[0m" if sys.stdout.isatty() else line)
 
 
-def share(x):
-    return float(x.float().mean())
-
-
 def main(argv=None):
     try:
         train(*parse_arguments(argv))
@@ -430,13 +431,14 @@ def train(args, context):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
         print(f"{args.model} has no chat template: the problem goes in as it is")
-    problems = load_problems(args.data, tokenizer, args, context, labelled=True)
+    problems = load_problems(args.data, tokenizer, args, context)
     if args.val_data is not None:
-        val_problems = load_problems(args.val_data, tokenizer, args, context, labelled=True)
+        val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
         val_problems = problems[::10][:256]
         problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+    read_answers(problems + val_problems)
     out, state = (None, {"step": 0}) if args.show else open_run(args)
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
@@ -521,12 +523,13 @@ def train(args, context):
 
         # 6 log
         tokens, seconds = int(mask.sum()), time.monotonic() - began
-        silent = (advantage.view(-1, group) == 0).all(1)  # (B,)
+        silent = (advantage.view(-1, group) == 0).all(1).tolist()  # (B,)
         line = dict(
-            step=step + 1, reward=share(reward), pass_rate=share(reward > 0), kl=None,
-            entropy=entropy_sum / tokens, length=tokens / len(mask), clipped=share(clipped),
-            zero_variance=share(silent), grad_norm=grad_norm, lr=lr, tokens=tokens,
-            labels=min(len(problems), (step + 1) * n), seconds=seconds, val=None,
+            step=step + 1, reward=np.mean(rewards), pass_rate=np.mean([r > 0 for r in rewards]),
+            kl=None, entropy=entropy_sum / tokens, length=tokens / len(mask),
+            clipped=np.mean(clipped.tolist()), zero_variance=np.mean(silent), grad_norm=grad_norm,
+            lr=lr, tokens=tokens, labels=min(len(problems), (step + 1) * n), seconds=seconds,
+            val=None,
         )  # fmt: skip
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
@@ -542,7 +545,7 @@ def train(args, context):
         for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
-                state[name] = file.tell()
+                state["bytes"][name] = file.tell()
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)

@@ -413,9 +413,12 @@ def test_a_batch_spends_seconds_at_most_on_what_no_screen_catches(tokenizer, mon
     assert rewards[99] == 1.0  # the same text still counts
 
 
-def load(tokenizer, path, labelled=True, **settings):
-    args = types.SimpleNamespace(thinking=False, prompt_suffix="", max_new_tokens=8, **settings)
-    return grpo.load_problems(str(path), tokenizer, args, 256, labelled)
+def load(tokenizer, path, labelled=True):
+    args = types.SimpleNamespace(thinking=False, prompt_suffix="", max_new_tokens=8)
+    problems = grpo.load_problems(str(path), tokenizer, args, 256)
+    if labelled:
+        grpo.read_answers(problems)
+    return problems
 
 
 @pytest.mark.parametrize(
