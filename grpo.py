@@ -358,6 +358,8 @@ def validate(model, tokenizer, problems, args):
 def open_run(args):
     """The directory of the run, made or reopened, and the state to go on from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
+    while args.out is None and out.exists():  # two runs in one second
+        out = out.with_name(out.name + "b")
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}

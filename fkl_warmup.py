@@ -1,0 +1,539 @@
+"""Forward-KL warmup: a dense signal on the teacher's text (arXiv 2605.12483, step 2a).
+
+The teacher answers, and at every token of its answer the student's whole next-token distribution is
+pulled towards the teacher's. A student whose own answers are still poor places to learn from gets
+good prefixes that way, and the forward KL makes it cover all that the teacher does. What it will
+meet on its own prefixes is left to opd.py. No label is read: --data needs no answers.
+
+  Eq. 1  KL_it = sum_v pi_T(v|s_t) (log pi_T(v|s_t) - log pi_S(v|s_t)), y_i the teacher's own
+  Eq. 2  loss = sum_it KL_it / (number of completion tokens in the whole update)
+
+The teacher's rollouts are kept in rollouts.jsonl; --rollouts FILE learns from such a file again
+instead of sampling (the replay control of bridge.py).
+vs opd.py: who samples, and the direction of the KL.
+
+    python fkl_warmup.py                    the pocket student: about a minute on two cores
+    python fkl_warmup.py --teacher runs/teacher/best --student Qwen/Qwen3-1.7B --data train.jsonl
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kernels import softmax_kl
+
+# --- arguments ------------------------------------------------------------------------------------
+
+DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+FLAGS = [  # name, tiny preset, paper preset, least value, meaning
+    ("--data", "tiny/prompts.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
+    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
+    ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
+    ("--prompts-per-step", 32, 256, 1, "B, the problems of a step"),
+    ("--samples-per-prompt", 4, 1, 1, "G, the completions of a problem"),
+    ("--max-new-tokens", 64, 8192, 1, "T, where a completion is cut"),
+    ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
+    ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
+    ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--lr", 1e-3, 1e-6, 0, "learning rate"),
+    ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
+    ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
+    ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
+    ("--grad-clip", 1.0, 1.0, 0, "largest norm of the gradient"),
+    ("--micro-batch", 32, 4, 1, "completions scored at once; does not change the gradient"),
+    ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
+    ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
+]
+
+
+def fail(message):
+    """A person reads this: one line on stderr, exit status 2."""
+    tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_arguments(argv):
+    """The settings: by hand, else from the preset; and the model's context length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--student", default="tiny/student", help="directory or hub name")
+    parser.add_argument("--teacher", default="tiny/teacher", help="directory or hub name")
+    parser.add_argument("--out", help="directory of the run; the same command resumes it")
+    parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=("tiny", "paper"), help="tiny below 10 M parameters")
+    for name, tiny, paper, _, meaning in FLAGS:
+        parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
+    parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
+    parser.add_argument("--rollouts", help="the rollouts.jsonl of a run, to learn from instead")
+    args = parser.parse_args(argv)
+    config = AutoConfig.from_pretrained(args.student)
+    with torch.device("meta"):
+        n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
+    own_data = args.data is not None  # is validated on a share of itself
+    for name, tiny, paper, least, _ in FLAGS:
+        key = name[2:].replace("-", "_")
+        if getattr(args, key) is None and not (own_data and key == "val_data"):
+            setattr(args, key, tiny if args.preset == "tiny" else paper)
+        if least is not None and not least <= getattr(args, key) < float("inf"):
+            fail(f"{name} must be at least {least}, not {getattr(args, key)}")
+    return args, config.max_position_embeddings
+
+
+# --- problems -------------------------------------------------------------------------------------
+def read_rows(source):
+    """(where, row) for each line of a JSONL file, or for each row of a hub data set."""
+    if source.endswith(".jsonl") or Path(source).is_file():
+        for number, line in enumerate(Path(source).open(encoding="utf-8"), 1):
+            try:
+                yield f"{source}:{number}", dict(json.loads(line))
+            except (ValueError, TypeError):
+                fail(f"{source}:{number}: not a JSON object; mend or delete this line")
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"{source} is no file; data sets of the hub need: pip install datasets")
+    name, _, split = source.partition(":")
+    rows = load_dataset(name, split=split or "train")
+    if source == DAPO:  # the authors' split: 80 %, seed 42
+        rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
+    yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
+
+
+def load_problems(source, tokenizer, args, context):
+    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    problems = []
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
+    for where, row in read_rows(source):
+        text = next((row[key] for key in ("problem", "question", "prompt") if key in row), None)
+        if isinstance(text, list):  # DAPO: chat messages, an instruction around the problem
+            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text[-1]["content"])
+            text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
+        prompt = (
+            text or fail(f"{where}: no problem (nor question, nor prompt)")
+        ) + args.prompt_suffix
+        if tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(chat, **options)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        problem = {"where": where, "row": row, "problem": text, "prompt": prompt, "ids": ids}
+        problems.append(problem)
+    fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
+    if len(fits) < len(problems):
+        print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
+    return fits or fail(f"{source}: not one problem that fits a context of {context} tokens")
+
+
+# --- rollout --------------------------------------------------------------------------------------
+class KVLayer(DynamicLayer):
+    """One layer's keys and values, written in place; room is made for 256 positions at a time."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = torch.stack([key_states, value_states])[..., :0, :]  # (2, n, heads, 0, dim)
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if end > self.room.shape[3]:
+            more = end - self.room.shape[3] + 256
+            self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
+        self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key_states, value_states
+        self.keys, self.values = self.room[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = self.room[:, indices]
+        self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
+
+
+def pad_left(prompts, device):
+    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+    return ids.clamp(min=0), (ids >= 0).long()
+
+
+def choose(logits, temperature, noise):
+    """The next tokens (n,): where the running sum of the full softmax passes the noise."""
+    # In float64, because a running sum of 151,936 float32 terms loses the tail.
+    running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
+    return torch.searchsorted(running / running[:, -1:], noise[:, None], right=True).squeeze(1)
+
+
+@torch.no_grad()
+def decode(model, prompts, owner, noise, temperature):
+    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    device, (n, length) = model.device, noise.shape
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
+    prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    cache = Cache(layer_class_to_replicate=KVLayer)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
+    cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
+    logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
+    attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
+    completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
+    rows = torch.arange(n, device=device)  # those still in the batch
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    for t in range(length):
+        token = choose(logits, temperature, noise[rows, t])
+        completion_ids[rows, t] = token
+        finished = finished | torch.isin(token, eos_ids)
+        if finished.all() or t == length - 1:
+            break
+        if finished.float().mean() >= 0.25:  # dropping rows copies the cache: not for a few
+            kept = (~finished).nonzero().squeeze(1)
+            rows, token, finished = rows[kept], token[kept], finished[kept]
+            position, attention = position[kept], attention[kept]
+            cache.batch_select_indices(kept)
+        position = position + 1
+        seen = attention[:, : prompt_ids.shape[1] + t + 1]
+        out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
+        logits = out.logits[:, -1]
+    # Up to and with the first EOS, by position: the padding may be the EOS token too.
+    is_eos = torch.isin(completion_ids, eos_ids).long()
+    mask = is_eos.cumsum(1) - is_eos == 0
+    return completion_ids * mask, mask, ~is_eos.bool().any(1)
+
+
+def rollout(model, prompts, group, rng, args):
+    """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
+    model.eval()
+    owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
+    parts = []
+    with autocast(model):
+        for part in tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2):
+            noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
+            own = prompts[part[0] : part[-1] + 1]
+            parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+# --- replay ---------------------------------------------------------------------------------------
+def read_rollouts(tokenizer, args, context):
+    """The problems of --rollouts, each with the completion that was stored for it."""
+    problems = load_problems(args.rollouts, tokenizer, args, context)
+    for problem in problems:
+        row = problem["row"]
+        ids = row.get("completion_ids")
+        known = isinstance(ids, list) and ids and all(i in range(len(tokenizer)) for i in ids)
+        if not known or tokenizer.decode(ids) != row.get("completion"):
+            fail(f"{problem['where']}: not a rollout of this tokenizer")
+    return problems
+
+
+def replay(batch, model):
+    """What rollout() would return, from the stored completions."""
+    rows = [torch.tensor(p["row"]["completion_ids"], device=model.device) for p in batch]
+    ids = pad_sequence(rows, True, -1)
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
+    return ids.clamp(min=0), ids >= 0, ~torch.isin(ids, eos_ids).any(1)
+
+
+# --- scoring --------------------------------------------------------------------------------------
+def autocast(model):
+    """fp32 weights compute in bf16 on a GPU, in fp32 on a CPU."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+def score(model, prompts, completion_ids, mask):
+    """The logits that each completion token was drawn from, (n, T, V)."""
+    prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
+    attention = torch.cat([prompt_mask, mask.long()], dim=1)  # (n, P + T)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    # The one shift: the logits at a position are about the token after it.
+    first = prompt_ids.shape[1] - 1
+    before = torch.arange(first, first + mask.shape[1], device=model.device)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    options = {"use_cache": False, "logits_to_keep": before}
+    with autocast(model):
+        return model(ids, attention_mask=attention, position_ids=position, **options).logits
+
+
+def micro_batches(rows, prompts, completion_ids, mask, args):
+    """--micro-batch rows at a time, sorted by length so that little is padded."""
+    lengths = mask.sum(1)
+    order = rows[lengths[rows].argsort(stable=True)]
+    for part in tqdm(order.split(args.micro_batch), "score", leave=False, delay=2):
+        longest = int(lengths[part].max())
+        own = [prompts[i] for i in part]
+        yield part, own, completion_ids[part, :longest], mask[part, :longest]
+
+
+# --- loss -----------------------------------------------------------------------------------------
+def both_logits(student, teacher, prompts, ids, mask):
+    """Student's and teacher's logits (n, T, V), the wider head cut to the width of the other."""
+    with torch.no_grad():
+        theirs = score(teacher, prompts, ids, mask)
+    ours = score(student, prompts, ids, mask)
+    width = min(ours.shape[-1], theirs.shape[-1])
+    return [z if z.shape[-1] == width else z[..., :width] for z in (ours, theirs)]
+
+
+def distil_loss(student_logits, teacher_logits, mask, n_tokens, args):
+    """The loss of a micro-batch and its KL (n, T); n_tokens counts the whole update."""
+    logits = student_logits, teacher_logits
+    kl = softmax_kl(*logits, "forward", args.temperature, mask, inplace_backward=True)  # Eq. 1
+    return kl.sum() / n_tokens, kl.detach()  # Eq. 2
+
+
+# --- validation -----------------------------------------------------------------------------------
+def validate(student, teacher, problems, args):
+    """The forward KL on the teacher's rollouts, always with the same noise."""
+    rng, prompts = np.random.default_rng([args.seed, 1]), [p["ids"] for p in problems]
+    completion_ids, mask, _ = rollout(teacher, prompts, 1, rng, args)
+    rows, total = torch.arange(len(prompts), device=student.device), 0.0
+    with torch.no_grad():
+        for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+            logits = both_logits(student, teacher, own, ids, keep)
+            total += float(softmax_kl(*logits, "forward", args.temperature, keep).sum())
+    return total / int(mask.sum())
+
+
+# --- teacher --------------------------------------------------------------------------------------
+def load_teacher(tokenizer, args):
+    """The teacher, frozen: fp32 on a CPU, bf16 on a GPU."""
+    theirs = AutoTokenizer.from_pretrained(args.teacher)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        fail(f"{args.teacher} and {args.student} have different vocabularies: no KL between them")
+    if theirs.chat_template != tokenizer.chat_template:
+        print("warning: teacher and student have different chat templates; the student's is used")
+    if theirs.eos_token_id != tokenizer.eos_token_id:
+        print("warning: teacher and student end a text with different tokens")
+    if Path(args.teacher).resolve() == Path(args.student).resolve():
+        print("teacher and student are the same model")
+    if not (Path(args.teacher).parent / "config.json").exists():
+        print(f"{args.teacher} is no run of ours: a teacher after RL (python grpo.py) is better")
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
+    return teacher.eval().requires_grad_(False)
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+def open_run(args):
+    """The directory of the run, made or reopened, and the state to go on from."""
+    out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
+    while args.out is None and out.exists():  # two runs in one second
+        out = out.with_name(out.name + "b")
+    sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
+    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
+    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
+    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    path = out / "config.json"
+    if path.exists() and args.overwrite:
+        shutil.rmtree(out)
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
+        differs += ["the code was edited"] * (old["code"] != config["code"])
+        if differs:
+            fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
+    elif out.exists() and any(out.iterdir()):
+        fail(f"{out} holds something that is no run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+    for old in out.glob("*.old"):  # killed between the two renames of save()
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    state = {"step": 0, "best": None, "bytes": {}}
+    if (out / "checkpoint").exists():
+        state = json.loads((out / "checkpoint/state.json").read_text(encoding="utf-8"))
+    for path in out.glob("*.jsonl"):  # cut back to the checkpoint
+        with path.open("ab") as file:
+            file.truncate(state["bytes"].get(path.name, 0))
+    return out, state
+
+
+def save(path, model, tokenizer, optimizer=None, state=None):
+    """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    new, old = path.with_suffix(".new"), path.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if state is not None:
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
+        shutil.rmtree(new, ignore_errors=True)
+        fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- main -----------------------------------------------------------------------------------------
+def show(tokenizer, completion_ids, signal, name):
+    """A line for each token of one completion: its learning signal, in colour on a terminal."""
+    print(f"{name:>10}  token")
+    for token, value in zip(completion_ids.tolist(), signal.tolist(), strict=True):
+        line = f"{value:+10.3f}  {tokenizer.decode([token])!r}"
+        print(f"\033[{32 if value > 0 else 31}m{line}\033[0m" if sys.stdout.isatty() else line)
+
+
+def main(argv=None):
+    try:
+        train(*parse_arguments(argv))
+    except OSError as error:  # no such model, no such file, no room
+        fail(str(error).splitlines()[0])
+
+
+def train(args, context):
+    # Set-up: the data, the run on disk, the model.
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    if tokenizer.chat_template is None:
+        print(f"{args.student} has no chat template: the problem goes in as it is")
+    problems = load_problems(args.data, tokenizer, args, context)
+    if args.val_data is not None:
+        val_problems = load_problems(args.val_data, tokenizer, args, context)
+    else:
+        val_problems = problems[::10][:256]
+        problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
+        print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+    if args.rollouts:
+        problems = read_rollouts(tokenizer, args, context)
+    out, state = (None, {"step": 0}) if args.show else open_run(args)
+    print(f"--out {out} goes on with this run" if out else "one rollout, no run")
+    print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
+    first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
+    if first_step >= args.steps and (out / "final").exists():
+        return print(f"{out} is done after {first_step} steps; a larger --steps goes on")
+    teacher = load_teacher(tokenizer, args)
+    # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
+    source = out / "checkpoint" if first_step else args.student
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
+    transformers.utils.logging.disable_progress_bar()  # of every later save
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    # Bytes a parameter: two checkpoints of 12, best and final of 4, one more while it is written.
+    needed = 36 * model.num_parameters()
+    if out and shutil.disk_usage(out).free < needed:
+        fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
+    if first_step:
+        path = out / "checkpoint/optimizer.pt"
+        optimizer.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+    elif out:
+        state["best"] = validate(model, teacher, val_problems, args)
+        save(out / "best", model, tokenizer)
+        print(f"before the first step: held-out KL {state['best']:.4f}")
+    if args.rollouts:  # a completion a line
+        n, group = n * group, 1
+    # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
+    epochs = range(args.steps * n // len(problems) + 1)
+    seeds = [[args.seed, 0, epoch] for epoch in epochs]
+    order = np.concatenate([np.random.default_rng(s).permutation(len(problems)) for s in seeds])
+
+    bar = tqdm(range(first_step, args.steps), "fkl", initial=first_step, total=args.steps)
+    for step in bar:
+        began = time.monotonic()
+        # 1 sample
+        batch = [problems[i] for i in order[step * n : (step + 1) * n]]
+        rng = np.random.default_rng([args.seed, 2, step])
+        if args.rollouts:
+            completion_ids, mask, clipped = replay(batch, model)
+        else:
+            own = [problem["ids"] for problem in batch]
+            completion_ids, mask, clipped = rollout(teacher, own, group, rng, args)
+        batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        prompts = [problem["ids"] for problem in batch]
+        rollouts = prompts, completion_ids, mask
+
+        # 2 grade: nothing, the teacher judges every token
+        rows = torch.arange(len(batch), device=model.device)
+        texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
+        if step == first_step:
+            bar.write(f"{batch[0]['prompt']!r} -> {texts[0]!r}")
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        fallen = 1 - (args.steps - step) / (args.lr_decay * args.steps) if args.lr_decay else 0.0
+        lr *= 1 - 0.9 * max(0.0, fallen)
+        optimizer.param_groups[0]["lr"] = lr
+        model.train()
+        kl_sum, n_tokens = 0.0, mask.sum()
+        for _, own, ids, keep in micro_batches(rows, *rollouts, args):
+            # 3 score
+            logits = both_logits(model, teacher, own, ids, keep)
+            # 4 loss
+            loss, kl = distil_loss(*logits, keep, n_tokens, args)
+            if args.show:
+                return show(tokenizer, ids[-1][keep[-1]], kl[-1][keep[-1]], "KL")
+            loss.backward()
+            kl_sum += float(kl.sum())
+        # 5 update
+        norm = float(clip_grad_norm_(model.parameters(), args.grad_clip))
+        if not np.isfinite(norm):
+            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 6 log
+        tokens, seconds = int(mask.sum()), time.monotonic() - began
+        line = dict(
+            step=step + 1, reward=None, pass_rate=None, kl=kl_sum / tokens, entropy=None,
+            length=tokens / len(mask), clipped=np.mean(clipped.tolist()), zero_variance=None,
+            grad_norm=norm, lr=lr, tokens=tokens, labels=0, seconds=seconds, val=None,
+        )  # fmt: skip
+        last = step + 1 == args.steps
+        if last or (step + 1) % args.val_every == 0:
+            line["val"] = validate(model, teacher, val_problems, args)
+            bar.write(f"step {step + 1}: held-out KL {line['val']:.4f}")
+            if line["val"] < state["best"]:
+                state["best"] = line["val"]
+                save(out / "best", model, tokenizer)
+        samples = [
+            {"problem": batch[i]["problem"], "completion": texts[i], "reward": None}
+            for i in range(0, len(batch), group)[:4]
+        ]
+        own = zip(batch, texts, completion_ids, mask, strict=True)
+        stored = [
+            {"problem": p["problem"], "completion": text, "completion_ids": ids[keep].tolist()}
+            for p, text, ids, keep in own
+        ]
+        files = {"metrics.jsonl": [line], "samples.jsonl": samples, "rollouts.jsonl": stored}
+        for name, lines in files.items():
+            with (out / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
+                state["bytes"][name] = file.tell()
+        if last or (step + 1) % args.save_every == 0:
+            state["step"] = step + 1
+            save(out / "checkpoint", model, tokenizer, optimizer, state)
+        shown = {k: f"{line[k]:.2f}" for k in ("kl", "length", "clipped")}
+        bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
+        if step == first_step:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
+            bar.write(f"peak memory: {peak / 1e9:.2f} GB")
+        if line["clipped"] > 0.5:
+            bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
+    save(out / "final", model, tokenizer)
+    print(f"best held-out KL {state['best']:.4f}: {out}/best; after the last step: {out}/final")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""fkl_warmup.py and opd.py: the two KLs against brute force, what they share, and their runs."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fkl_warmup
+import opd
+
+ROOT = Path(__file__).parent.parent
+STUDENT, TEACHER = str(ROOT / "tiny/student"), str(ROOT / "tiny/teacher")
+PROBLEMS = ["37+8+5", "4+5", "12+3+4+9", "7+7", "91+2+2"]
+EXACT = types.SimpleNamespace(temperature=1.0, estimator="exact")
+SAMPLED = types.SimpleNamespace(temperature=1.0, estimator="sampled")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"  # no answers: the dense steps read no label
+    path.write_text("".join(json.dumps({"problem": problem}) + "\n" for problem in PROBLEMS))
+    return str(path)
+
+
+def command(data, *more):
+    """A run of seconds: two prompts a step, two completions each."""
+    small = "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 40 --steps 3"
+    small += " --val-every 2 --save-every 1 --device cpu"
+    models = ["--student", STUDENT, "--teacher", TEACHER]
+    return [*models, "--data", data, "--val-data", data, *small.split(), *more]
+
+
+def loss_of(script, student, teacher, ids, mask, args=EXACT):
+    n_tokens = mask.sum()
+    if script is opd:
+        return opd.distil_loss(student, teacher, ids, mask, n_tokens, args)
+    return fkl_warmup.distil_loss(student, teacher, mask, n_tokens, args)
+
+
+# --- the losses -----------------------------------------------------------------------------------
+
+
+def brute_force(script, student, teacher, mask):
+    """Equations 1 and 2 in Python floats, over five tokens."""
+    total = 0.0
+    for i, t in itertools.product(range(len(mask)), range(len(mask[0]))):
+        if mask[i][t]:
+            p, q = ([math.exp(z) for z in logits[i][t]] for logits in (student, teacher))
+            p, q = ([x / sum(w) for x in w] for w in (p, q))
+            if script is fkl_warmup:
+                p, q = q, p
+            total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+    return total / sum(map(sum, mask))
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_loss_and_gradient_against_brute_force_on_five_tokens(script):
+    torch.manual_seed(0)
+    student = torch.randn(3, 4, 5, dtype=torch.float64)
+    teacher = 2 * torch.randn(3, 4, 5, dtype=torch.float64)
+    mask = torch.arange(4) < torch.tensor([[4], [1], [3]])
+    ids = torch.randint(5, (3, 4))
+
+    def theirs(z):
+        return brute_force(script, z.tolist(), teacher.tolist(), mask.tolist())
+
+    leaf = student.clone().requires_grad_()
+    loss, kl = loss_of(script, leaf * 1.0, teacher, ids, mask)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(theirs(student), abs=1e-6)
+    assert float(kl.sum() / mask.sum()) == pytest.approx(theirs(student), abs=1e-6)
+    assert (kl[~mask] == 0).all() and (leaf.grad[~mask] == 0).all()
+    for index in itertools.product(range(3), range(4), range(5)):
+        step = torch.zeros_like(student)
+        step[index] = 1e-5
+        slope = (theirs(student + step) - theirs(student - step)) / 2e-5
+        assert float(leaf.grad[index]) == pytest.approx(slope, abs=1e-6), index
+
+
+def test_opd_gradient_is_minus_the_policy_gradient_of_the_log_ratio():
+    """At a fixed prefix: E_y[(log p_T(y) - log p_S(y)) d log p_S(y)], by enumeration of y."""
+    torch.manual_seed(1)
+    student = torch.randn(1, 1, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 1, 5, dtype=torch.float64)
+    logp = student.log_softmax(-1)
+    reward = (teacher.log_softmax(-1) - logp).detach()
+    objective = (logp.detach().exp() * reward * logp).sum()
+    (policy_gradient,) = torch.autograd.grad(objective, student)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss, _ = loss_of(opd, student * 1.0, teacher, torch.zeros(1, 1, dtype=torch.long), mask)
+    loss.backward()
+    assert torch.allclose(student.grad, -policy_gradient, atol=1e-7)
+
+
+def test_the_sampled_estimator_has_the_exact_gradient_in_expectation():
+    torch.manual_seed(2)
+    student = torch.randn(1, 1, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 1, 5, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    exact = torch.autograd.grad(
+        loss_of(opd, student * 1.0, teacher, torch.zeros(1, 1, dtype=torch.long), mask)[0], student
+    )[0]
+    expected, value = torch.zeros_like(exact), 0.0
+    for token, p in enumerate(student.detach().softmax(-1).flatten()):
+        ids = torch.tensor([[token]])
+        loss, kl = loss_of(opd, student * 1.0, teacher, ids, mask, SAMPLED)
+        expected += p * torch.autograd.grad(loss, student)[0]
+        value += float(p * kl.sum())
+    assert torch.allclose(expected, exact, atol=1e-6)
+    full = loss_of(opd, student.detach(), teacher, torch.zeros(1, 1, dtype=torch.long), mask)[1]
+    assert value == pytest.approx(float(full.sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_at_the_teachers_own_weights_there_is_nothing_to_learn(script):
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    models = [AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32) for _ in "ab"]
+    prompt = tokenizer("<|user|>4+5<|assistant|>", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids).bool()
+    logits = script.both_logits(*models, [prompt], ids, mask)
+    loss, _ = loss_of(script, *logits, ids, mask)
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-6
+    assert max(float(p.grad.abs().max()) for p in models[0].parameters()) < 1e-6
+    assert all(p.grad is None for p in models[1].parameters())
+
+
+def test_forward_covers_both_modes_and_reverse_picks_one():
+    """A bimodal teacher over 21 tokens; the student can only be one bump, of some place and width."""
+    x = torch.linspace(-3, 3, 21)
+    teacher = torch.logaddexp(-((x - 1.8) ** 2) / 0.18, -((x + 1.8) ** 2) / 0.18)[None, None]
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    weight = {}
+    for script in (fkl_warmup, opd):
+        place, width = (torch.tensor(z, requires_grad=True) for z in (0.8, -0.7))
+        optimizer = torch.optim.Adam([place, width], lr=0.05)
+        for _ in range(400):
+            student = (-((x - place) ** 2) / (2 * width.exp() ** 2))[None, None]
+            optimizer.zero_grad()
+            loss_of(script, student, teacher, ids, mask)[0].backward()
+            optimizer.step()
+        p = student.detach().softmax(-1)[0, 0]
+        weight[script] = (float(p[x < -0.9].sum()), float(p[x > 0.9].sum()))
+    assert min(weight[fkl_warmup]) > 0.25
+    assert max(weight[opd]) > 0.95 and min(weight[opd]) < 0.05
+
+
+def test_a_wider_head_is_cut_to_the_narrower_one(monkeypatch):
+    heads = {"student": torch.randn(1, 2, 5), "teacher": torch.randn(1, 2, 7)}
+    monkeypatch.setattr(opd, "score", lambda model, *_: heads[model])
+    student, teacher = opd.both_logits("student", "teacher", None, None, None)
+    assert torch.equal(student, heads["student"]) and torch.equal(
+        teacher, heads["teacher"][..., :5]
+    )
+    student, teacher = opd.both_logits("teacher", "student", None, None, None)
+    assert torch.equal(student, heads["teacher"][..., :5])
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_the_micro_batch_does_not_change_the_gradient(script, monkeypatch, data, tmp_path):
+    gradients = []
+
+    def spy(parameters, _):
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        return torch.zeros(())
+
+    monkeypatch.setattr(script, "clip_grad_norm_", spy)
+    for size in ("1", "3", "4"):
+        more = ["--out", str(tmp_path / size), "--micro-batch", size, "--steps", "1", "--lr", "0"]
+        script.main(command(data, *more))
+    assert float(gradients[0].norm()) > 1e-3
+    for other in gradients[1:]:
+        assert torch.allclose(other, gradients[0], atol=1e-6 * float(other.abs().max()))
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("script", "sampler"), [(fkl_warmup, TEACHER), (opd, STUDENT)])
+def test_who_samples(script, sampler, monkeypatch, data, tmp_path):
+    sizes, rollout = [], script.rollout
+    monkeypatch.setattr(
+        script,
+        "rollout",
+        lambda model, *a: sizes.append(model.num_parameters()) or rollout(model, *a),
+    )
+    script.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1"))
+    assert set(sizes) == {AutoModelForCausalLM.from_pretrained(sampler).num_parameters()}
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_a_run_reads_no_label_and_leaves_what_it_promises(script, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    script.main(command(data, "--out", str(out)))
+    metrics = lines_of(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(line["kl"] > 0 and line["labels"] == 0 for line in metrics)
+    assert all(line["reward"] is None and line["pass_rate"] is None for line in metrics)
+    assert metrics[1]["val"] > 0 and metrics[0]["val"] is None
+    before = Path(STUDENT, "model.safetensors").read_bytes()
+    for name in ("best", "final", "checkpoint"):
+        AutoModelForCausalLM.from_pretrained(out / name)
+    assert (out / "final/model.safetensors").read_bytes() != before
+    assert "held-out KL" in capsys.readouterr().out
+
+
+def test_the_teacher_stays_as_it_is(data, tmp_path, monkeypatch):
+    before = Path(TEACHER, "model.safetensors").read_bytes()
+    teachers, load = [], opd.load_teacher
+    monkeypatch.setattr(opd, "load_teacher", lambda *a: teachers.append(load(*a)) or teachers[0])
+    opd.main(command(data, "--out", str(tmp_path / "run")))
+    assert not any(p.requires_grad for p in teachers[0].parameters())
+    fresh = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    pairs = zip(fresh.parameters(), teachers[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert Path(TEACHER, "model.safetensors").read_bytes() == before
+
+
+def test_the_learning_rate_falls_to_a_tenth(data, tmp_path):
+    more = ["--steps", "10", "--lr", "1e-3", "--warmup-steps", "2", "--val-every", "100"]
+    opd.main(command(data, "--out", str(tmp_path / "run"), *more, "--lr-decay", "0.4"))
+    rates = [line["lr"] for line in lines_of(tmp_path / "run/metrics.jsonl")]
+    assert rates[:7] == pytest.approx([5e-4] + [1e-3] * 6)
+    assert rates[7:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4])
+
+
+def test_replayed_rollouts_are_those_that_were_stored(data, tmp_path, monkeypatch):
+    first = tmp_path / "first"
+    fkl_warmup.main(command(data, "--out", str(first)))
+    stored = lines_of(first / "rollouts.jsonl")
+    assert len(stored) == 3 * 2 * 2
+    assert set(stored[0]) == {"step", "problem", "completion", "completion_ids"}
+    monkeypatch.setattr(fkl_warmup, "validate", lambda *a: 0.0)
+    monkeypatch.setattr(fkl_warmup, "rollout", None)  # nothing is sampled any more
+    again = tmp_path / "again"
+    more = ["--rollouts", str(first / "rollouts.jsonl"), "--out", str(again)]
+    fkl_warmup.main(command(data, *more))
+    replayed = lines_of(again / "rollouts.jsonl")
+    whole = sorted((line["problem"], line["completion"]) for line in stored)
+    assert sorted((line["problem"], line["completion"]) for line in replayed) == whole
+
+
+def test_replay_returns_what_rollout_did(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    end = teacher.generation_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    batch = [{"row": {"completion_ids": ids}} for ids in ([5, 6, end], [7, 8])]
+    ids, mask, clipped = fkl_warmup.replay(batch, teacher)
+    assert ids.tolist() == [[5, 6, end], [7, 8, 0]]
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+    assert clipped.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("script", ["fkl_warmup.py", "opd.py"])
+def test_sigkill_changes_no_bit(script, data, tmp_path):
+    """The run on disk is grpo.py's (test_siblings.py), tested there at every touch of the disk."""
+    arguments = [sys.executable, script, *command(data, "--steps", "12", "--save-every", "2")]
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    options["stdout"] = subprocess.DEVNULL
+    subprocess.run([*arguments, "--out", tmp_path / "whole"], check=True, **options)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*arguments, "--out", killed], **options)
+    while not (killed / "checkpoint").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*arguments, "--out", killed], check=True, **options)
+    for name in ("final", "best"):
+        mine, theirs = (tmp_path / run / name / "model.safetensors" for run in ("whole", "killed"))
+        assert mine.read_bytes() == theirs.read_bytes()
+    assert (tmp_path / "whole/samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
+    if script == "fkl_warmup.py":
+        stored = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("whole", "killed")]
+        assert stored[0] == stored[1]
+
+
+def test_show_prints_the_kl_of_every_token(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    opd.main(command(data, "--show"))
+    printed = capsys.readouterr().out
+    assert "KL  token" in printed and "'<|end|>'" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+# --- notices and bad input ------------------------------------------------------------------------
+
+
+def refusal(capsys, script, arguments):
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments)
+    assert stop.value.code == 2
+    err = [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
+    ]
+    assert len(err) == 1, err
+    return err[0]
+
+
+def test_the_same_model_as_teacher_and_student_is_allowed_with_a_notice(data, tmp_path, capsys):
+    more = ["--teacher", STUDENT, "--steps", "1", "--out", str(tmp_path / "run")]
+    opd.main(command(data, *more))
+    assert "the same model" in capsys.readouterr().out
+
+
+def test_a_teacher_before_rl_is_named_as_such(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    more = ["--teacher", "tiny/teacher", "--steps", "1", "--out", str(tmp_path / "run")]
+    opd.main(command(data, *more))
+    assert "a teacher after RL (python grpo.py) is better" in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_refused(data, tmp_path, capsys):
+    shutil.copytree(TEACHER, tmp_path / "other")
+    path = tmp_path / "other/tokenizer.json"
+    path.write_text(path.read_text().replace('"7":', '"x":'))
+    said = refusal(capsys, opd, command(data, "--teacher", str(tmp_path / "other")))
+    assert "different vocabularies" in said
+
+
+def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
+    shutil.copytree(TEACHER, tmp_path / "other")
+    path = tmp_path / "other/chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+    config = tmp_path / "other/tokenizer_config.json"
+    config.write_text(
+        config.read_text().replace('"eos_token": "<|end|>"', '"eos_token": "<|pad|>"')
+    )
+    more = ["--teacher", str(tmp_path / "other"), "--steps", "1", "--out", str(tmp_path / "run")]
+    opd.main(command(data, *more))
+    out = capsys.readouterr().out
+    assert "different chat templates" in out and "end a text with different tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", ":2: not a JSON object"),
+        ('{"problem": "4+5"}', ":2: not a rollout of this tokenizer"),
+        ('{"problem": "4+5", "completion": "9", "completion_ids": []}', ":2: not a rollout"),
+        ('{"problem": "4+5", "completion": "9", "completion_ids": [99999]}', ":2: not a rollout"),
+        ('{"problem": "4+5", "completion": "8", "completion_ids": [3]}', ":2: not a rollout"),
+    ],
+)
+def test_bad_rollouts(data, tmp_path, capsys, line, said):
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    good = {"problem": "4+5", "completion": "9", "completion_ids": tokenizer("9")["input_ids"]}
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(json.dumps(good) + "\n" + line + "\n")
+    assert f"{path}{said}" in refusal(capsys, fkl_warmup, command(data, "--rollouts", str(path)))
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--student", "./nowhere"], "nowhere"),
+        (["--teacher", "./nowhere"], "nowhere"),
+        (["--samples-per-prompt", "0"], "--samples-per-prompt must be at least 1"),
+        (["--lr-decay", "-1"], "--lr-decay must be at least 0"),
+    ],
+)
+def test_bad_flags(script, more, said, data, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert said in refusal(capsys, script, command(data, *more))
