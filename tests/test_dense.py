@@ -150,7 +150,7 @@ def test_forward_covers_both_modes_and_reverse_picks_one():
         for _ in range(400):
             student = (-((x - place) ** 2) / (2 * width.exp() ** 2))[None, None]
             optimizer.zero_grad()
-            loss_of(script, student, teacher, ids, mask)[0].backward()
+            loss_of(script, student * 1.0, teacher, ids, mask)[0].backward()
             optimizer.step()
         p = student.detach().softmax(-1)[0, 0]
         weight[script] = (float(p[x < -0.9].sum()), float(p[x > 0.9].sum()))
