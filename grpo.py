@@ -213,7 +213,7 @@ def grade(tokenizer, completion_ids, mask, golds):
 
 # --- rollout --------------------------------------------------------------------------------------
 class KVLayer(DynamicLayer):
-    """One layer's keys and values, written in place; room is made for 256 positions at a time."""
+    """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -221,7 +221,7 @@ class KVLayer(DynamicLayer):
             self.room = torch.stack([key_states, value_states])[..., :0, :]  # (2, n, heads, 0, dim)
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         if end > self.room.shape[3]:
-            more = end - self.room.shape[3] + 256
+            more = end - self.room.shape[3] + 64
             self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
         self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key_states, value_states
         self.keys, self.values = self.room[:, :, :, :end]

@@ -138,7 +138,7 @@ def test_at_the_teachers_own_weights_there_is_nothing_to_learn(script):
 
 
 def test_forward_covers_both_modes_and_reverse_picks_one():
-    """A bimodal teacher over 21 tokens; the student can only be one bump, of some place and width."""
+    """The teacher has two modes over 21 tokens, the student is one bump of some place and width."""
     x = torch.linspace(-3, 3, 21)
     teacher = torch.logaddexp(-((x - 1.8) ** 2) / 0.18, -((x + 1.8) ** 2) / 0.18)[None, None]
     mask = torch.ones(1, 1, dtype=torch.bool)
