@@ -221,6 +221,12 @@ def test_a_run_reads_no_label_and_leaves_what_it_promises(script, data, tmp_path
     assert "held-out KL" in capsys.readouterr().out
 
 
+def test_a_run_with_the_sampled_estimator(data, tmp_path):
+    opd.main(command(data, "--out", str(tmp_path / "run"), "--estimator", "sampled"))
+    metrics = lines_of(tmp_path / "run/metrics.jsonl")
+    assert all(math.isfinite(line["kl"]) and line["grad_norm"] > 0 for line in metrics)
+
+
 def test_the_teacher_stays_as_it_is(data, tmp_path, monkeypatch):
     before = Path(TEACHER, "model.safetensors").read_bytes()
     teachers, load = [], opd.load_teacher

@@ -207,6 +207,23 @@ def test_the_micro_batch_does_not_change_the_gradient(monkeypatch, data):
         assert torch.allclose(three, eight, atol=1e-6 * float(one.abs().max()))
 
 
+def test_the_token_mean_is_over_the_whole_update(monkeypatch, data):
+    seen, loss = [], grpo.policy_loss
+    monkeypatch.setattr(
+        grpo, "policy_loss", lambda *a: seen.append((int(a[3].sum()), int(a[4]))) or loss(*a)
+    )
+    more = ("--micro-batch", "1", "--updates-per-step", "2")
+    gradients_of_a_step(monkeypatch, data, "--out", "run", *more)
+    for update in (seen[:4], seen[4:]):
+        assert {n_tokens for _, n_tokens in update} == {sum(tokens for tokens, _ in update)}
+
+
+def test_checkpointing_does_not_change_the_gradient(monkeypatch, data):
+    (plain,) = gradients_of_a_step(monkeypatch, data, "--out", "plain")
+    (again,) = gradients_of_a_step(monkeypatch, data, "--out", "again", "--checkpointing")
+    assert torch.allclose(plain, again, atol=1e-6 * float(plain.abs().max()))
+
+
 def test_pi_old_is_scored_only_for_several_updates(monkeypatch, data):
     calls = []
     score = grpo.score
@@ -325,7 +342,7 @@ def test_a_token_does_not_copy_the_cache():
     layer = grpo.KVLayer()
     layer.update(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
     place = layer.room.data_ptr()
-    for length in range(6, 250):
+    for length in range(6, 70):
         new = torch.full((2, 1, 1, 4), float(length))
         keys, values = layer.update(new, -new)
         assert layer.room.data_ptr() == place
@@ -334,7 +351,7 @@ def test_a_token_does_not_copy_the_cache():
     before = keys.clone()
     for _ in range(20):  # over the end of the room
         keys, _ = layer.update(new, new)
-    assert torch.equal(keys[:, :, :249], before)
+    assert torch.equal(keys[:, :, :69], before)
     layer.batch_select_indices(torch.tensor([1]))
     assert torch.equal(layer.keys, keys[1:])
 
@@ -555,6 +572,24 @@ def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch, capsys)
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("grpo-20")
     assert capsys.readouterr().out.startswith(f"--out runs/{run.name} goes on")
+
+
+def test_two_runs_in_one_second_do_not_meet(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo.time, "strftime", lambda form: "runs/grpo-20261121-140305")
+    for _ in range(3):
+        grpo.main(command(data, "--steps", "1"))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"grpo-20261121-140305{b}" for b in ("", "b", "bb")]
+
+
+def test_help_names_every_flag_and_both_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag[0] in printed for flag in grpo.FLAGS)
+    assert "[32, paper 512]" in printed
 
 
 def test_without_validation_data_a_tenth_is_set_aside(tmp_path, monkeypatch, capsys):
