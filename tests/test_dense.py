@@ -88,6 +88,18 @@ def test_loss_and_gradient_against_brute_force_on_five_tokens(script):
         assert float(leaf.grad[index]) == pytest.approx(slope, abs=1e-6), index
 
 
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_the_temperature_divides_both_logits(script):
+    torch.manual_seed(3)
+    student, teacher = torch.randn(2, 1, 2, 5)
+    ids, mask = torch.tensor([[1, 4]]), torch.ones(1, 2, dtype=torch.bool)
+    for estimator in ("exact", "sampled") if script is opd else ("exact",):
+        warm = types.SimpleNamespace(temperature=2.0, estimator=estimator)
+        one = types.SimpleNamespace(temperature=1.0, estimator=estimator)
+        kl = loss_of(script, student, teacher, ids, mask, warm)[1]
+        assert torch.allclose(kl, loss_of(script, student / 2, teacher / 2, ids, mask, one)[1])
+
+
 def test_opd_gradient_is_minus_the_policy_gradient_of_the_log_ratio():
     """At a fixed prefix: E_y[(log p_T(y) - log p_S(y)) d log p_S(y)], by enumeration of y."""
     torch.manual_seed(1)
@@ -219,6 +231,20 @@ def test_a_run_reads_no_label_and_leaves_what_it_promises(script, data, tmp_path
         AutoModelForCausalLM.from_pretrained(out / name)
     assert (out / "final/model.safetensors").read_bytes() != before
     assert "held-out KL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_best_has_the_lowest_held_out_kl(script, data, tmp_path, monkeypatch):
+    values, weights = iter([0.5, 0.2, 0.3]), []
+
+    def validate(student, *_):
+        weights.append(torch.cat([p.detach().flatten().clone() for p in student.parameters()]))
+        return next(values)
+
+    monkeypatch.setattr(script, "validate", validate)
+    script.main(command(data, "--out", str(tmp_path / "run")))  # validates before, at 2 and at 3
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "run/best")
+    assert torch.equal(torch.cat([p.detach().flatten() for p in best.parameters()]), weights[1])
 
 
 def test_a_run_with_the_sampled_estimator(data, tmp_path):

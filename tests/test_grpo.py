@@ -218,6 +218,16 @@ def test_the_token_mean_is_over_the_whole_update(monkeypatch, data):
         assert {n_tokens for _, n_tokens in update} == {sum(tokens for tokens, _ in update)}
 
 
+def test_scoring_divides_by_the_temperature_of_sampling(monkeypatch, data):
+    seen, logprob = [], grpo.token_logprob
+    monkeypatch.setattr(
+        grpo, "token_logprob", lambda z, i, t, **kw: seen.append(t) or logprob(z, i, t, **kw)
+    )
+    more = ("--temperature", "0.7", "--updates-per-step", "2", "--micro-batch", "4")
+    gradients_of_a_step(monkeypatch, data, "--out", "run", *more)
+    assert seen == [0.7] * 4  # pi_old of two micro-batches, pi of two
+
+
 def test_checkpointing_does_not_change_the_gradient(monkeypatch, data):
     (plain,) = gradients_of_a_step(monkeypatch, data, "--out", "plain")
     (again,) = gradients_of_a_step(monkeypatch, data, "--out", "again", "--checkpointing")
