@@ -216,10 +216,12 @@ def test_kl_of_one_token_alone(direction, device):
 def test_kl_of_slices(direction, device):
     """A wider head is sliced without a copy; rows that lie unevenly are copied."""
     student, teacher = make_logits(2, 4, V + 8, device=device)
-    check_kl(student[..., :V].detach().requires_grad_(), teacher[..., 8:], direction)
-    check_kl(student[:, :-1].detach().requires_grad_(), teacher[:, 1:], direction)
+    student = student.detach()
+    check_kl(student[..., :V].contiguous().requires_grad_(), teacher[..., 8:], direction)
+    check_kl(student[..., 8:].requires_grad_(), teacher[..., :V].contiguous(), direction)
+    check_kl(student[:, :-1].requires_grad_(), teacher[:, 1:], direction)
     sideways = teacher[0].t().contiguous().t()  # vocabulary not in the last place of the memory
-    check_kl(student[0].detach().requires_grad_(), sideways, direction)
+    check_kl(student[0].requires_grad_(), sideways, direction)
 
 
 @both_directions
@@ -407,7 +409,7 @@ def test_logprob_of_no_rows_and_of_slices(device):
     assert logits.grad.shape == (2, 0, V)
     logits, ids = make_logits(2, 4, V + 8, device=device)[0], torch.arange(8, device=device)
     check_logprob(logits[..., :V].detach().requires_grad_(), ids.view(2, 4))
-    check_logprob(logits[:, :-1].detach().requires_grad_(), ids.view(2, 4).int().long()[:, 1:])
+    check_logprob(logits[:, :-1].detach().requires_grad_(), ids.view(2, 4)[:, 1:])
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -464,9 +466,10 @@ def test_import_and_use_without_triton():
 
 
 @plain_torch
-def test_bench_on_the_cpu(capsys):
-    """Line 5's memory, at a smaller size; its time is for the bench to say, on a quiet machine."""
-    shares = bench.cpu_report(tokens=64, vocabularies=(8_000,), rounds=2)
+def test_bench_on_the_cpu(capsys, monkeypatch):
+    """Half of eager's memory at most. The time is for the bench to say, on a quiet machine."""
+    monkeypatch.undo()
+    shares = bench.cpu_report(tokens=256, vocabularies=(8_000,), rounds=2)
     assert [memory <= 0.5 for _, memory in shares.values()] == [True, True]
     assert "ours / eager" in capsys.readouterr().out
 

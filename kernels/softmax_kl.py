@@ -1,0 +1,93 @@
+"""The Triton kernels of softmax_kl: a program per token, one pass over its logits each way.
+
+reference.py defines what they compute and has the mathematics of the online form, in the same
+letters. Only the base differs. It is 2, since exp2 is one instruction on the GPU and exp is five,
+enough for the forward to wait for arithmetic and not for memory.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 4096  # logits of p, and of q, that a program works on at once
+LN2 = tl.constexpr(math.log(2))
+
+
+def kl_forward(p, q, mask, temperature):
+    kl = torch.empty(mask.shape, dtype=torch.float32, device=p.device)
+    lse = torch.empty(len(mask), 4, dtype=torch.float32, device=p.device)
+    beta = math.log2(math.e) / temperature
+    with torch.cuda.device_of(p):  # Triton launches on the current device; a backward sets it
+        forward_kernel[(len(mask),)](
+            p, q, mask, kl, lse, p.shape[1], p.stride(0), q.stride(0), beta, BLOCK, num_warps=16
+        )  # fmt: skip
+    return kl, lse
+
+
+def kl_backward(grad, scale, p, q, kl, lse, temperature, of_p):
+    beta = math.log2(math.e) / temperature
+    backward_kernel[(len(kl),)](
+        grad, scale, p, q, kl, lse, p.shape[1], grad.stride(0), p.stride(0), q.stride(0),
+        beta, of_p, BLOCK, num_warps=16
+    )  # fmt: skip
+
+
+@triton.jit
+def forward_kernel(
+    p_ptr, q_ptr, mask_ptr, kl_ptr, lse_ptr, V, p_stride, q_stride, beta, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
+    if tl.load(mask_ptr + row) == 0:
+        tl.store(kl_ptr + row, 0.0)
+        return
+    p_max, q_max = -1e30, -1e30  # not −inf: −inf − (−inf) is no number
+    p_sum = tl.zeros([BLOCK], tl.float32)  # the sums stay apart until the end, one for each lane
+    q_sum = tl.zeros([BLOCK], tl.float32)
+    d_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        p = tl.load(p_ptr + row * p_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        p_old, q_old = p_max, q_max
+        p_max, q_max = tl.maximum(p_old, tl.max(p, 0)), tl.maximum(q_old, tl.max(q, 0))
+        p_shift, q_shift = (p_old - p_max) * beta, (q_old - q_max) * beta
+        p, q = (p - p_max) * beta, (q - q_max) * beta
+        scale, p_exp = tl.exp2(p_shift), tl.exp2(p)
+        # where: a probability of 0 counts for nothing, even against an infinite difference.
+        d_sum = tl.where(scale == 0, 0.0, (d_sum + p_sum * (p_shift - q_shift)) * scale)
+        d_sum += tl.where(p_exp == 0, 0.0, p_exp * (p - q))
+        p_sum = p_sum * scale + p_exp
+        q_sum = q_sum * tl.exp2(q_shift) + tl.exp2(q)
+    p_total, p_log, q_log = tl.sum(p_sum, 0), tl.log2(tl.sum(p_sum, 0)), tl.log2(tl.sum(q_sum, 0))
+    tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total - p_log + q_log) * LN2)
+    # Each log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
+    tl.store(lse_ptr + 4 * row, p_max)
+    tl.store(lse_ptr + 4 * row + 1, p_log)
+    tl.store(lse_ptr + 4 * row + 2, q_max)
+    tl.store(lse_ptr + 4 * row + 3, q_log)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, scale_ptr, p_ptr, q_ptr, kl_ptr, lse_ptr, V, grad_stride, p_stride, q_stride,
+    beta, of_p: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    scale, kl = tl.load(scale_ptr + row), tl.load(kl_ptr + row)
+    p_max, p_log = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
+    q_max, q_log = tl.load(lse_ptr + 4 * row + 2), tl.load(lse_ptr + 4 * row + 3)
+    end = tl.where(scale == 0, 0, V)  # a row of scale 0 is not read
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=0.0).to(tl.float32)
+        q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=0.0).to(tl.float32)
+        log_p, log_q = (p - p_max) * beta - p_log, (q - q_max) * beta - q_log
+        p = tl.exp2(log_p)
+        if of_p:
+            dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) * LN2 - kl))
+        else:
+            dz = tl.exp2(log_q) - p
+        dz = tl.where(scale == 0, 0.0, scale * dz)
+        tl.store(grad_ptr + row * grad_stride + v, dz, mask=v < V)
