@@ -56,8 +56,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
     ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
-    ("--grad-clip", 1.0, 1.0, 0, "largest norm of the gradient"),
-    ("--micro-batch", 32, 4, 1, "completions scored at once; does not change the gradient"),
+    ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
+    ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
     ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
@@ -78,7 +78,8 @@ def parse_arguments(argv):
     parser.add_argument("--teacher", default="tiny/teacher", help="directory or hub name")
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--preset", choices=("tiny", "paper"), help="tiny below 10 M parameters")
     for name, tiny, paper, _, meaning in FLAGS:
         parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
@@ -105,7 +106,7 @@ def parse_arguments(argv):
 def read_rows(source):
     """(where, row) for each line of a JSONL file, or for each row of a hub data set."""
     if source.endswith(".jsonl") or Path(source).is_file():
-        for number, line in enumerate(Path(source).open(encoding="utf-8"), 1):
+        for number, line in enumerate(Path(source).open("rb"), 1):
             try:
                 yield f"{source}:{number}", dict(json.loads(line))
             except (ValueError, TypeError):
@@ -127,19 +128,19 @@ def load_problems(source, tokenizer, args, context):
     problems = []
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
     for where, row in read_rows(source):
-        text = next((row[key] for key in ("problem", "question", "prompt") if key in row), None)
-        if isinstance(text, list):  # DAPO: chat messages, an instruction around the problem
-            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text[-1]["content"])
+        text = row.get("problem") or row.get("question") or row.get("prompt")
+        if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
+            text = str(text[-1].get("content"))
+            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
-        prompt = (
-            text or fail(f"{where}: no problem (nor question, nor prompt)")
-        ) + args.prompt_suffix
-        if tokenizer.chat_template is not None:
+        if not text or not isinstance(text, str):
+            fail(f"{where}: no problem (nor question, nor prompt)")
+        plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+        if not plain:
             chat = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(chat, **options)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        problem = {"where": where, "row": row, "problem": text, "prompt": prompt, "ids": ids}
-        problems.append(problem)
+        ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+        problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
@@ -151,14 +152,16 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, key_states, value_states, *args, **kwargs):
+        # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
+        new = torch.stack([key_states.to(value_states.dtype), value_states])
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = torch.stack([key_states, value_states])[..., :0, :]  # (2, n, heads, 0, dim)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+            self.lazy_initialization(new[0], new[1])
+            self.room = new[:, :, :, :0]
+        start, end = self.get_seq_length(), self.get_seq_length() + new.shape[3]
         if end > self.room.shape[3]:
             more = end - self.room.shape[3] + 64
             self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
-        self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key_states, value_states
+        self.room[:, :, :, start:end] = new
         self.keys, self.values = self.room[:, :, :, :end]
         return self.keys, self.values
 
@@ -174,10 +177,11 @@ def pad_left(prompts, device):
 
 
 def choose(logits, temperature, noise):
-    """The next tokens (n,): where the running sum of the full softmax passes the noise."""
+    """The next tokens (n,), drawn from the full softmax by the inverse of its running sum."""
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
-    return torch.searchsorted(running / running[:, -1:], noise[:, None], right=True).squeeze(1)
+    token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN: the gradient will tell
 
 
 @torch.no_grad()
@@ -283,12 +287,10 @@ def micro_batches(rows, prompts, completion_ids, mask, args):
 
 # --- loss -----------------------------------------------------------------------------------------
 def both_logits(student, teacher, prompts, ids, mask):
-    """Student's and teacher's logits (n, T, V), the wider head cut to the width of the other."""
+    """The student's and the teacher's logits (n, T, V)."""
     with torch.no_grad():
         theirs = score(teacher, prompts, ids, mask)
-    ours = score(student, prompts, ids, mask)
-    width = min(ours.shape[-1], theirs.shape[-1])
-    return [z if z.shape[-1] == width else z[..., :width] for z in (ours, theirs)]
+    return score(student, prompts, ids, mask), theirs
 
 
 def distil_loss(student_logits, teacher_logits, mask, n_tokens, args):
@@ -304,29 +306,36 @@ def validate(student, teacher, problems, args):
     rng, prompts = np.random.default_rng([args.seed, 1]), [p["ids"] for p in problems]
     completion_ids, mask, _ = rollout(teacher, prompts, 1, rng, args)
     rows, total = torch.arange(len(prompts), device=student.device), 0.0
+    student.eval()
     with torch.no_grad():
         for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             logits = both_logits(student, teacher, own, ids, keep)
             total += float(softmax_kl(*logits, "forward", args.temperature, keep).sum())
+            del logits
     return total / int(mask.sum())
 
 
 # --- teacher --------------------------------------------------------------------------------------
-def load_teacher(tokenizer, args):
-    """The teacher, frozen: fp32 on a CPU, bf16 on a GPU."""
+def load_teacher(student, tokenizer, args):
+    """The teacher, frozen: fp32 on a CPU, bf16 on a GPU. Both heads get the same width."""
     theirs = AutoTokenizer.from_pretrained(args.teacher)
     if theirs.get_vocab() != tokenizer.get_vocab():
         fail(f"{args.teacher} and {args.student} have different vocabularies: no KL between them")
     if theirs.chat_template != tokenizer.chat_template:
         print("warning: teacher and student have different chat templates; the student's is used")
-    if theirs.eos_token_id != tokenizer.eos_token_id:
-        print("warning: teacher and student end a text with different tokens")
     if Path(args.teacher).resolve() == Path(args.student).resolve():
         print("teacher and student are the same model")
     if not (Path(args.teacher).parent / "config.json").exists():
         print(f"{args.teacher} is no run of ours: a teacher after RL (python grpo.py) is better")
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
+    if teacher.generation_config.eos_token_id != student.generation_config.eos_token_id:
+        print("warning: teacher and student end a text with different tokens")
+    width = min(student.config.vocab_size, teacher.config.vocab_size)
+    for model, name in ((student, args.student), (teacher, args.teacher)):
+        if model.config.vocab_size > width:  # rows of padding, which no token has
+            print(f"the head of {name} is cut from {model.config.vocab_size} to {width}")
+            model.resize_token_embeddings(width)
     return teacher.eval().requires_grad_(False)
 
 
@@ -351,7 +360,7 @@ def open_run(args):
         differs += ["the code was edited"] * (old["code"] != config["code"])
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -359,9 +368,8 @@ def open_run(args):
     for old in out.glob("*.old"):  # killed between the two renames of save()
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    state = {"step": 0, "best": None, "bytes": {}}
-    if (out / "checkpoint").exists():
-        state = json.loads((out / "checkpoint/state.json").read_text(encoding="utf-8"))
+    path, state = out / "checkpoint/state.json", {"step": 0, "best": None, "bytes": {}}
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else state
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
         with path.open("ab") as file:
             file.truncate(state["bytes"].get(path.name, 0))
@@ -424,21 +432,23 @@ def train(args, context):
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
     if first_step >= args.steps and (out / "final").exists():
         return print(f"{out} is done after {first_step} steps; a larger --steps goes on")
-    teacher = load_teacher(tokenizer, args)
     # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
     source = out / "checkpoint" if first_step else args.student
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
     transformers.utils.logging.disable_progress_bar()  # of every later save
     if args.checkpointing:
         model.gradient_checkpointing_enable()
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    teacher = load_teacher(model, tokenizer, args)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: two checkpoints of 12, best and final of 4, one more while it is written.
-    needed = 36 * model.num_parameters()
+    # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
+    needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
         path = out / "checkpoint/optimizer.pt"
-        optimizer.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     elif out:
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)
@@ -446,12 +456,11 @@ def train(args, context):
     if args.rollouts:  # a completion a line
         n, group = n * group, 1
     # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
-    epochs = range(args.steps * n // len(problems) + 1)
-    seeds = [[args.seed, 0, epoch] for epoch in epochs]
-    order = np.concatenate([np.random.default_rng(s).permutation(len(problems)) for s in seeds])
+    rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
+    order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
 
-    bar = tqdm(range(first_step, args.steps), "fkl", initial=first_step, total=args.steps)
-    for step in bar:
+    done, name = {"initial": first_step, "total": args.steps}, Path(__file__).stem
+    for step in (bar := tqdm(range(first_step, args.steps), name, **done)):
         began = time.monotonic()
         # 1 sample
         batch = [problems[i] for i in order[step * n : (step + 1) * n]]
@@ -463,10 +472,9 @@ def train(args, context):
             completion_ids, mask, clipped = rollout(teacher, own, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
         prompts = [problem["ids"] for problem in batch]
-        rollouts = prompts, completion_ids, mask
+        rows = torch.arange(len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
-        rows = torch.arange(len(batch), device=model.device)
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
         if step == first_step:
             bar.write(f"{batch[0]['prompt']!r} -> {texts[0]!r}")
@@ -476,11 +484,12 @@ def train(args, context):
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         kl_sum, n_tokens = 0.0, mask.sum()
-        for _, own, ids, keep in micro_batches(rows, *rollouts, args):
+        for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
             # 4 loss
             loss, kl = distil_loss(*logits, keep, n_tokens, args)
+            del logits  # else they would live on beside those of the next part
             if args.show:
                 return show(tokenizer, ids[-1][keep[-1]], kl[-1][keep[-1]], "KL")
             loss.backward()
@@ -506,10 +515,8 @@ def train(args, context):
             if line["val"] < state["best"]:
                 state["best"] = line["val"]
                 save(out / "best", model, tokenizer)
-        samples = [
-            {"problem": batch[i]["problem"], "completion": texts[i], "reward": None}
-            for i in range(0, len(batch), group)[:4]
-        ]
+        some = list(zip(batch, texts, strict=True))[: 4 * group : group]
+        samples = [{"problem": p["problem"], "completion": c, "reward": None} for p, c in some]
         own = zip(batch, texts, completion_ids, mask, strict=True)
         stored = [
             {"problem": p["problem"], "completion": text, "completion_ids": ids[keep].tolist()}
@@ -526,7 +533,8 @@ def train(args, context):
         shown = {k: f"{line[k]:.2f}" for k in ("kl", "length", "clipped")}
         bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
         if step == first_step:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
             peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
             bar.write(f"peak memory: {peak / 1e9:.2f} GB")
         if line["clipped"] > 0.5:

@@ -60,8 +60,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--lr", 3e-4, 1e-6, 0, "learning rate, constant after the warmup"),
     ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
-    ("--grad-clip", 1.0, 1.0, 0, "largest norm of the gradient"),
-    ("--micro-batch", 32, 4, 1, "completions scored at once; does not change the gradient"),
+    ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
+    ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
     ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
@@ -82,7 +82,8 @@ def parse_arguments(argv):
     parser.add_argument("--model", default="tiny/teacher", help="directory or hub name")
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--preset", choices=("tiny", "paper"), help="tiny below 10 M parameters")
     for name, tiny, paper, _, meaning in FLAGS:
         parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
@@ -102,6 +103,8 @@ def parse_arguments(argv):
             setattr(args, key, tiny if args.preset == "tiny" else paper)
         if least is not None and not least <= getattr(args, key) < float("inf"):
             fail(f"{name} must be at least {least}, not {getattr(args, key)}")
+    if args.updates_per_step > args.prompts_per_step:
+        fail("--updates-per-step must not be above --prompts-per-step")
     return args, config.max_position_embeddings
 
 
@@ -109,7 +112,7 @@ def parse_arguments(argv):
 def read_rows(source):
     """(where, row) for each line of a JSONL file, or for each row of a hub data set."""
     if source.endswith(".jsonl") or Path(source).is_file():
-        for number, line in enumerate(Path(source).open(encoding="utf-8"), 1):
+        for number, line in enumerate(Path(source).open("rb"), 1):
             try:
                 yield f"{source}:{number}", dict(json.loads(line))
             except (ValueError, TypeError):
@@ -131,19 +134,19 @@ def load_problems(source, tokenizer, args, context):
     problems = []
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
     for where, row in read_rows(source):
-        text = next((row[key] for key in ("problem", "question", "prompt") if key in row), None)
-        if isinstance(text, list):  # DAPO: chat messages, an instruction around the problem
-            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text[-1]["content"])
+        text = row.get("problem") or row.get("question") or row.get("prompt")
+        if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
+            text = str(text[-1].get("content"))
+            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
-        prompt = (
-            text or fail(f"{where}: no problem (nor question, nor prompt)")
-        ) + args.prompt_suffix
-        if tokenizer.chat_template is not None:
+        if not text or not isinstance(text, str):
+            fail(f"{where}: no problem (nor question, nor prompt)")
+        plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+        if not plain:
             chat = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(chat, **options)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        problem = {"where": where, "row": row, "problem": text, "prompt": prompt, "ids": ids}
-        problems.append(problem)
+        ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+        problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
@@ -151,6 +154,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- grading --------------------------------------------------------------------------------------
+ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
@@ -178,9 +182,9 @@ def parse_answer(answer):
 def read_answers(problems):
     """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
     for problem in problems:
-        row = problem["row"] | problem["row"].get("reward_model", {})  # DAPO keeps it there
-        found = [row[key] for key in ("answer", "solution", "ground_truth") if key in row]
-        text = str(found[0]) if found else ""
+        places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
+        found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
+        text = next((str(answer) for answer in found if answer is not None), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
         if not INTEGER.fullmatch(answer) and not parse_answer(answer):
             fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
@@ -216,14 +220,16 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, key_states, value_states, *args, **kwargs):
+        # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
+        new = torch.stack([key_states.to(value_states.dtype), value_states])
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = torch.stack([key_states, value_states])[..., :0, :]  # (2, n, heads, 0, dim)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+            self.lazy_initialization(new[0], new[1])
+            self.room = new[:, :, :, :0]
+        start, end = self.get_seq_length(), self.get_seq_length() + new.shape[3]
         if end > self.room.shape[3]:
             more = end - self.room.shape[3] + 64
             self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
-        self.room[0, :, :, start:end], self.room[1, :, :, start:end] = key_states, value_states
+        self.room[:, :, :, start:end] = new
         self.keys, self.values = self.room[:, :, :, :end]
         return self.keys, self.values
 
@@ -239,10 +245,11 @@ def pad_left(prompts, device):
 
 
 def choose(logits, temperature, noise):
-    """The next tokens (n,): where the running sum of the full softmax passes the noise."""
+    """The next tokens (n,), drawn from the full softmax by the inverse of its running sum."""
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
-    return torch.searchsorted(running / running[:, -1:], noise[:, None], right=True).squeeze(1)
+    token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN: the gradient will tell
 
 
 @torch.no_grad()
@@ -375,7 +382,7 @@ def open_run(args):
         differs += ["the code was edited"] * (old["code"] != config["code"])
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -383,9 +390,8 @@ def open_run(args):
     for old in out.glob("*.old"):  # killed between the two renames of save()
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    state = {"step": 0, "best": None, "bytes": {}}
-    if (out / "checkpoint").exists():
-        state = json.loads((out / "checkpoint/state.json").read_text(encoding="utf-8"))
+    path, state = out / "checkpoint/state.json", {"step": 0, "best": None, "bytes": {}}
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else state
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
         with path.open("ab") as file:
             file.truncate(state["bytes"].get(path.name, 0))
@@ -453,25 +459,26 @@ def train(args, context):
     transformers.utils.logging.disable_progress_bar()  # of every later save
     if args.checkpointing:
         model.gradient_checkpointing_enable()
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: two checkpoints of 12, best and final of 4, one more while it is written.
-    needed = 36 * model.num_parameters()
+    # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
+    needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
         path = out / "checkpoint/optimizer.pt"
-        optimizer.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     elif out:
         state["best"] = validate(model, tokenizer, val_problems, args)
         save(out / "best", model, tokenizer)
         print(f"before the first step: avg@{group} {state['best']:.3f}")
     # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
-    epochs = range(args.steps * n // len(problems) + 1)
-    seeds = [[args.seed, 0, epoch] for epoch in epochs]
-    order = np.concatenate([np.random.default_rng(s).permutation(len(problems)) for s in seeds])
+    rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
+    order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
 
-    bar = tqdm(range(first_step, args.steps), "grpo", initial=first_step, total=args.steps)
-    for step in bar:
+    done, name = {"initial": first_step, "total": args.steps}, Path(__file__).stem
+    for step in (bar := tqdm(range(first_step, args.steps), name, **done)):
         began = time.monotonic()
         # 1 sample
         batch = [problems[i] for i in order[step * n : (step + 1) * n]]
@@ -479,7 +486,7 @@ def train(args, context):
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
         prompts = [problem["ids"] for problem in batch]
-        rollouts = prompts, completion_ids, mask
+        rows = torch.arange(len(batch), device=model.device)
 
         # 2 grade
         texts, rewards = grade(tokenizer, completion_ids, mask, [p["answer"] for p in batch])
@@ -493,23 +500,23 @@ def train(args, context):
             return show(tokenizer, ids, advantage[row].expand(len(ids)), "advantage")
 
         # 3 score: pi_old, which is pi itself unless several updates share the rollouts
-        rows = torch.arange(len(batch), device=model.device)
         logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
         if args.updates_per_step > 1:
-            for part, own, ids, keep in micro_batches(rows, *rollouts, args):
+            for part, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
                 with torch.no_grad():
-                    logits = score(model, own, ids, keep)
-                    logp_old[part, : ids.shape[1]] = token_logprob(logits, ids, args.temperature)[0]
+                    logp = token_logprob(score(model, own, ids, keep), ids, args.temperature)[0]
+                logp_old[part, : ids.shape[1]] = logp
 
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        entropy_sum = grad_norm = 0.0
-        for update in rows.chunk(args.updates_per_step):
+        entropy_sum = 0.0
+        for update in rows.tensor_split(args.updates_per_step):
             n_tokens = mask[update].sum()
-            for part, own, ids, keep in micro_batches(update, *rollouts, args):
+            for part, own, ids, keep in micro_batches(update, prompts, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)
                 logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)
+                del logits  # else they would live on beside those of the next part
                 # 4 loss
                 old = logp_old[part, : ids.shape[1]] if args.updates_per_step > 1 else logp.detach()
                 loss = policy_loss(logp, old, advantage[part], keep, n_tokens)
@@ -521,7 +528,6 @@ def train(args, context):
                 fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
             optimizer.step()
             optimizer.zero_grad()
-            grad_norm = max(grad_norm, norm)
 
         # 6 log
         tokens, seconds = int(mask.sum()), time.monotonic() - began
@@ -529,7 +535,7 @@ def train(args, context):
         line = dict(
             step=step + 1, reward=np.mean(rewards), pass_rate=np.mean([r > 0 for r in rewards]),
             kl=None, entropy=entropy_sum / tokens, length=tokens / len(mask),
-            clipped=np.mean(clipped.tolist()), zero_variance=np.mean(silent), grad_norm=grad_norm,
+            clipped=np.mean(clipped.tolist()), zero_variance=np.mean(silent), grad_norm=norm,
             lr=lr, tokens=tokens, labels=min(len(problems), (step + 1) * n), seconds=seconds,
             val=None,
         )  # fmt: skip
@@ -540,10 +546,8 @@ def train(args, context):
             if line["val"] > state["best"]:
                 state["best"] = line["val"]
                 save(out / "best", model, tokenizer)
-        samples = [
-            {"problem": batch[i]["problem"], "completion": texts[i], "reward": rewards[i]}
-            for i in range(0, len(batch), group)[:4]
-        ]
+        some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
+        samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
@@ -554,7 +558,8 @@ def train(args, context):
         shown = {k: f"{line[k]:.2f}" for k in ("reward", "length", "clipped", "zero_variance")}
         bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
         if step == first_step:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
             peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
             bar.write(f"peak memory: {peak / 1e9:.2f} GB")
         if line["clipped"] > 0.5:

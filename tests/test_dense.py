@@ -1,5 +1,6 @@
 """fkl_warmup.py and opd.py: the two KLs against brute force, what they share, and their runs."""
 
+import gc
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -170,15 +172,70 @@ def test_forward_covers_both_modes_and_reverse_picks_one():
     assert max(weight[opd]) > 0.95 and min(weight[opd]) < 0.05
 
 
-def test_a_wider_head_is_cut_to_the_narrower_one(monkeypatch):
-    heads = {"student": torch.randn(1, 2, 5), "teacher": torch.randn(1, 2, 7)}
-    monkeypatch.setattr(opd, "score", lambda model, *_: heads[model])
-    student, teacher = opd.both_logits("student", "teacher", None, None, None)
-    assert torch.equal(student, heads["student"]) and torch.equal(
-        teacher, heads["teacher"][..., :5]
-    )
-    student, teacher = opd.both_logits("teacher", "student", None, None, None)
-    assert torch.equal(student, heads["teacher"][..., :5])
+def wider(path, directory, rows=5):
+    """A copy of a model whose head has more rows than its tokenizer has tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-rows:] *= 100  # so that they would be sampled
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(path).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+@pytest.mark.parametrize("which", ["--student", "--teacher"])
+def test_a_wider_head_is_cut_with_a_notice(script, which, data, tmp_path, capsys):
+    model = wider(STUDENT if which == "--student" else TEACHER, tmp_path / "wider")
+    script.main(command(data, which, model, "--out", str(tmp_path / "run"), "--steps", "1"))
+    assert f"the head of {model} is cut" in capsys.readouterr().out
+    script.main(command(data, "--out", str(tmp_path / "plain"), "--steps", "1"))
+    kls = [lines_of(tmp_path / run / "metrics.jsonl")[0]["kl"] for run in ("run", "plain")]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_one_micro_batch_of_logits_of_each_model_at_most(script, data, tmp_path, monkeypatch):
+    alive, most, score = weakref.WeakSet(), [], script.score
+
+    def spy(*args):
+        gc.collect()
+        most.append(len(alive))
+        logits = score(*args)
+        alive.add(logits)
+        return logits
+
+    monkeypatch.setattr(script, "score", spy)
+    script.main(command(data, "--out", str(tmp_path / "run"), "--micro-batch", "1"))
+    assert max(most) == 1  # the teacher's, while the student is scored
+
+
+def test_validation_is_the_reverse_kl_on_the_students_and_the_forward_kl_on_the_teachers_text(
+    monkeypatch,
+):
+    """Against log-softmax by hand, through the models alone."""
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    models = [
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (STUDENT, TEACHER)
+    ]
+    settings = dict(seed=0, temperature=1.0, micro_batch=2, rollout_batch=9, max_new_tokens=24)
+    args = types.SimpleNamespace(**settings)
+    texts = [f"<|user|>{problem}<|assistant|>" for problem in PROBLEMS]
+    problems = [{"ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    for script, sampler in ((opd, models[0]), (fkl_warmup, models[1])):
+        rng, prompts = script.np.random.default_rng([0, 1]), [p["ids"] for p in problems]
+        ids, mask, _ = script.rollout(sampler, prompts, 1, rng, args)
+        total = 0.0
+        for prompt, row, keep in zip(prompts, ids, mask, strict=True):
+            text = torch.tensor([prompt + row[keep].tolist()])
+            with torch.no_grad():
+                p, q = (m(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in models)
+            p, q = (p, q) if script is opd else (q, p)
+            total += float((p.exp() * (p - q)).sum())
+        assert script.validate(*models, problems, args) == pytest.approx(
+            total / int(mask.sum()), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("script", [fkl_warmup, opd])
@@ -370,10 +427,8 @@ def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
     shutil.copytree(TEACHER, tmp_path / "other")
     path = tmp_path / "other/chat_template.jinja"
     path.write_text(path.read_text() + " ")
-    config = tmp_path / "other/tokenizer_config.json"
-    config.write_text(
-        config.read_text().replace('"eos_token": "<|end|>"', '"eos_token": "<|pad|>"')
-    )
+    config = tmp_path / "other/generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [5]}))
     more = ["--teacher", str(tmp_path / "other"), "--steps", "1", "--out", str(tmp_path / "run")]
     opd.main(command(data, *more))
     out = capsys.readouterr().out

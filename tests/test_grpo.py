@@ -1,5 +1,6 @@
 """grpo.py: the loss against brute force, the rollout against transformers, a run and its kills."""
 
+import gc
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +220,118 @@ def test_the_token_mean_is_over_the_whole_update(monkeypatch, data):
         assert {n_tokens for _, n_tokens in update} == {sum(tokens for tokens, _ in update)}
 
 
+def test_one_micro_batch_of_logits_at_most(monkeypatch, data):
+    alive, most, score = weakref.WeakSet(), [], grpo.score
+
+    def spy(*args):
+        gc.collect()
+        most.append(len(alive))
+        logits = score(*args)
+        alive.add(logits)
+        return logits
+
+    monkeypatch.setattr(grpo, "score", spy)
+    more = ("--micro-batch", "2", "--updates-per-step", "2")
+    gradients_of_a_step(monkeypatch, data, "--out", "run", *more)
+    assert len(most) == 8 and max(most) == 0
+
+
+def test_pi_old_is_what_the_weights_before_the_step_said(monkeypatch, data):
+    """With two updates the second one's pi has moved, its pi_old has not."""
+    seen, loss = [], grpo.policy_loss
+    monkeypatch.setattr(
+        grpo, "policy_loss", lambda *a: seen.append([x.detach().clone() for x in a[:4]]) or loss(*a)
+    )
+    monkeypatch.setattr(
+        grpo,
+        "grade",
+        lambda t, i, m, golds: (golds, [float(i % 3 == 0) for i in range(len(golds))]),
+    )
+    more = ("--updates-per-step", "2", "--steps", "1", "--lr", "1e-2")
+    grpo.main(command(data, "--out", str(Path(data).parent / "run"), *more))
+    (first, first_old, _, mask), (second, second_old, _, other) = seen
+    assert torch.allclose(first[mask], first_old[mask], atol=1e-5)
+    assert not torch.allclose(second[other], second_old[other], atol=1e-2)
+
+
+def test_each_completion_meets_its_own_prompt_and_answer(monkeypatch, data, tmp_path):
+    asked, scored, graded = {}, [], []
+    rollout, score, grade = grpo.rollout, grpo.score, grpo.grade
+
+    def spy_rollout(model, prompts, group, rng, args):
+        ids, mask, clipped = rollout(model, prompts, group, rng, args)
+        # Each completion's first token tells its prompt.
+        ids[:, 0] = torch.arange(len(prompts)).repeat_interleave(group)
+        asked.update(enumerate(prompts))
+        return ids, mask, clipped
+
+    def spy_grade(tokenizer, ids, mask, golds):
+        graded.extend(zip(ids[:, 0].tolist(), golds, strict=True))
+        return grade(tokenizer, ids, mask, golds)
+
+    def spy_score(model, prompts, ids, mask):
+        scored.extend((asked[int(i)], prompt) for i, prompt in zip(ids[:, 0], prompts, strict=True))
+        return score(model, prompts, ids, mask)
+
+    for name, spy in (("rollout", spy_rollout), ("grade", spy_grade), ("score", spy_score)):
+        monkeypatch.setattr(grpo, name, spy)
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    answers = {tuple(prompt_ids_of(tokenizer, [p])[0]): answer for p, answer in PROBLEMS}
+    more = ("--steps", "1", "--prompts-per-step", "5", "--micro-batch", "3")
+    grpo.main(command(data, "--out", str(tmp_path / "run"), *more))
+    assert len(scored) == 20 and all(mine == prompt for mine, prompt in scored)
+    validation, training, again = graded[:20], graded[20:40], graded[40:]
+    assert all(answers[tuple(asked[i])] == gold for i, gold in again)
+    assert [gold for _, gold in validation] == [gold for _, gold in again]
+    assert len({gold for _, gold in training}) == 5
+    assert all(len({gold for i, gold in training if i == own}) == 1 for own in range(5))
+
+
+def test_settings_reach_the_sampler_the_advantage_and_the_optimizer(monkeypatch, data, tmp_path):
+    temperatures, kinds = set(), set()
+    choose, advantage = grpo.choose, grpo.group_advantage
+    monkeypatch.setattr(grpo, "choose", lambda z, t, u: temperatures.add(t) or choose(z, t, u))
+    monkeypatch.setattr(
+        grpo, "group_advantage", lambda r, kind: kinds.add(kind) or advantage(r, kind)
+    )
+    optimizers, adamw = [], torch.optim.AdamW
+
+    def spy(*args, **kwargs):
+        optimizers.append(adamw(*args, **kwargs))
+        return optimizers[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    more = (
+        "--temperature",
+        "0.5",
+        "--advantage",
+        "dr_grpo",
+        "--weight-decay",
+        "0.25",
+        "--lr",
+        "0.01",
+    )
+    grpo.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1", *more))
+    assert temperatures == {0.5} and kinds == {"dr_grpo"}
+    (settings,) = optimizers[0].param_groups
+    assert (settings["weight_decay"], settings["lr"]) == (0.25, 0.01)
+
+
+def test_the_entropy_is_the_mean_over_the_completions_tokens(monkeypatch, data, tmp_path):
+    """Uniform over eight tokens where the mask is, and certain behind it."""
+
+    def logits(model, prompts, ids, mask):
+        certain = 50.0 * torch.nn.functional.one_hot(ids % 8, 8)
+        return torch.where(mask[..., None], 0.0, certain) + 0 * model.lm_head.weight.sum()
+
+    logprob = grpo.token_logprob
+    monkeypatch.setattr(grpo, "score", logits)
+    monkeypatch.setattr(grpo, "token_logprob", lambda z, i, t, **kw: logprob(z, i % 8, t, **kw))
+    grpo.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1"))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line["entropy"] == pytest.approx(math.log(8), rel=1e-4)
+
+
 def test_scoring_divides_by_the_temperature_of_sampling(monkeypatch, data):
     seen, logprob = [], grpo.token_logprob
     monkeypatch.setattr(
@@ -348,6 +462,34 @@ def test_choose_follows_the_softmax_at_the_temperature():
     assert grpo.choose(padded, 1.0, extremes).tolist() == [1, 2]  # never a row of probability 0
 
 
+def test_under_autocast_the_cache_is_in_the_lower_precision(teacher, tokenizer, monkeypatch):
+    rooms, update = [], grpo.KVLayer.update
+
+    def spy(self, *args, **kwargs):
+        kept = update(self, *args, **kwargs)
+        rooms.append((self.room.dtype, kept[0].dtype, kept[1].dtype))
+        return kept
+
+    monkeypatch.setattr(grpo.KVLayer, "update", spy)
+    monkeypatch.setattr(grpo, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+    sample(teacher, prompt_ids_of(tokenizer, ["4+5", "37+8"]), max_new_tokens=4)
+    assert set(rooms) == {(torch.bfloat16,) * 3}
+
+
+def test_a_model_stored_in_bf16_is_trained_in_fp32(data, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(tmp_path / "half")
+    seen, validate = set(), grpo.validate
+    monkeypatch.setattr(
+        grpo,
+        "validate",
+        lambda m, *a: seen.update(p.dtype for p in m.parameters()) or validate(m, *a),
+    )
+    grpo.main(command(data, "--model", str(tmp_path / "half"), "--out", str(tmp_path / "run")))
+    assert seen == {torch.float32}
+
+
 def test_a_token_does_not_copy_the_cache():
     layer = grpo.KVLayer()
     layer.update(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
@@ -455,6 +597,7 @@ def load(tokenizer, path, labelled=True):
         ({"question": "4+5", "answer": "4+5=9\n#### 9"}, "4+5", "9"),
         ({"prompt": "4+5", "solution": "so \\boxed{\\frac{1}{2}}"}, "4+5", "\\frac{1}{2}"),
         ({"problem": "4+5", "ground_truth": "9"}, "4+5", "9"),
+        ({"problem": "4+5", "answer": None, "solution": "\\boxed{9}"}, "4+5", "9"),
         (
             {
                 "prompt": [
@@ -676,7 +819,7 @@ def test_a_kill_at_any_touch_of_the_disk_changes_no_bit(tmp_path, data, monkeypa
     killed = tmp_path / "killed"
     deaths = 0
     # Each life dies a little later than the one before it, until one reaches the end.
-    for at in itertools.count(0, 3):
+    for at in itertools.count():
         if run_with_a_kill(monkeypatch, [*arguments, "--out", str(killed)], at):
             break
         deaths += 1
@@ -684,7 +827,7 @@ def test_a_kill_at_any_touch_of_the_disk_changes_no_bit(tmp_path, data, monkeypa
             for folder in (killed / name, killed / f"{name}.old"):
                 if folder.exists():
                     AutoModelForCausalLM.from_pretrained(folder)
-    assert deaths > 5
+    assert deaths > 30
     same_run(whole, killed)
 
 
@@ -751,6 +894,8 @@ def refusal(capsys, arguments):
         (["--lr=-1e-6"], "--lr must be at least 0"),
         (["--lr", "nan"], "--lr must be at least 0"),
         (["--steps", "many"], "--steps"),
+        (["--device", "bogus"], "--device"),
+        (["--updates-per-step", "3"], "--updates-per-step"),
         (["--stepz", "3"], "--stepz"),
         (["--max-new-tokens", "256"], "context of 256"),
     ],
@@ -770,12 +915,17 @@ def test_bad_flags(capsys, data, tmp_path, monkeypatch, more, said):
         ('{"answer": "1"}', ":6: no problem"),
         ('{"problem": "1+1"}', ":6: no answer"),
         ('{"problem": "1+1", "answer": ""}', ":6: no answer"),
+        ('{"problem": "1+1", "answer": null, "reward_model": "rule"}', ":6: no answer"),
+        ('{"problem": 5, "answer": "1"}', ":6: no problem"),
+        ('{"prompt": [], "answer": "1"}', ":6: no problem"),
+        ('{"prompt": ["4+5"], "answer": "1"}', ":6: no problem"),
+        ("\xff", ":6: not a JSON object"),
         ('{"problem": "1+1", "answer": "\\\\frac{1}{"}', ":6: no answer"),
     ],
 )
 def test_bad_lines(capsys, data, line, said):
-    with open(data, "a") as file:
-        file.write(line + "\n")
+    with open(data, "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
     assert f"{data}{said}" in refusal(capsys, command(data))
 
 
