@@ -322,12 +322,19 @@ def test_the_teacher_stays_as_it_is(data, tmp_path, monkeypatch):
     assert Path(TEACHER, "model.safetensors").read_bytes() == before
 
 
-def test_the_learning_rate_falls_to_a_tenth(data, tmp_path):
+def test_the_learning_rate_falls_to_a_tenth(data, tmp_path, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: used.append(self.param_groups[0]["lr"]) or step(self),
+    )
     more = ["--steps", "10", "--lr", "1e-3", "--warmup-steps", "2", "--val-every", "100"]
     opd.main(command(data, "--out", str(tmp_path / "run"), *more, "--lr-decay", "0.4"))
     rates = [line["lr"] for line in lines_of(tmp_path / "run/metrics.jsonl")]
     assert rates[:7] == pytest.approx([5e-4] + [1e-3] * 6)
     assert rates[7:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4])
+    assert used == rates
 
 
 def test_replayed_rollouts_are_those_that_were_stored(data, tmp_path, monkeypatch):

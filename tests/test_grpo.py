@@ -318,16 +318,17 @@ def test_settings_reach_the_sampler_the_advantage_and_the_optimizer(monkeypatch,
 
 
 def test_the_entropy_is_the_mean_over_the_completions_tokens(monkeypatch, data, tmp_path):
-    """Uniform over eight tokens where the mask is, and certain behind it."""
+    """Uniform over eight tokens where the mask is, over more behind it."""
 
     def logits(model, prompts, ids, mask):
-        certain = 50.0 * torch.nn.functional.one_hot(ids % 8, 8)
-        return torch.where(mask[..., None], 0.0, certain) + 0 * model.lm_head.weight.sum()
+        eight = torch.where(torch.arange(model.config.vocab_size) < 8, 0.0, -50.0)
+        return torch.where(mask[..., None], eight, 0.0) + 0 * model.lm_head.weight.sum()
 
     logprob = grpo.token_logprob
     monkeypatch.setattr(grpo, "score", logits)
     monkeypatch.setattr(grpo, "token_logprob", lambda z, i, t, **kw: logprob(z, i % 8, t, **kw))
-    grpo.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1"))
+    more = ("--steps", "1", "--prompts-per-step", "5", "--micro-batch", "20")
+    grpo.main(command(data, "--out", str(tmp_path / "run"), *more))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert line["entropy"] == pytest.approx(math.log(8), rel=1e-4)
 
@@ -847,6 +848,21 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path, data):
         process.wait()
     subprocess.run([*arguments, *grown, "--out", killed], check=True, **options)
     same_run(tmp_path / "whole", killed)
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(tmp_path, data, monkeypatch, capsys):
+    free = types.SimpleNamespace(free=10_000_000)
+    monkeypatch.setattr(grpo.shutil, "disk_usage", lambda path: free)
+    said = refusal(capsys, command(data, "--out", str(tmp_path / "run")))
+    assert "0.0 GB" in said and "make room" in said
+    assert not (tmp_path / "run/best").exists()
+
+
+def test_completions_that_are_cut_are_warned_of(tmp_path, data, capsys):
+    more = ("--max-new-tokens", "2", "--steps", "1")
+    grpo.main(command(data, "--out", str(tmp_path / "run"), *more))
+    assert "over half of the completions are cut" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["clipped"] == 1.0
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, data, monkeypatch, capsys):
