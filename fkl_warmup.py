@@ -48,7 +48,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
     ("--prompts-per-step", 32, 256, 1, "B, the problems of a step"),
     ("--samples-per-prompt", 4, 1, 1, "G, the completions of a problem"),
-    ("--max-new-tokens", 64, 8192, 1, "T, where a completion is cut"),
+    ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours

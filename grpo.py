@@ -53,7 +53,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--prompts-per-step", 32, 512, 1, "B, the problems of a step"),
     ("--samples-per-prompt", 8, 8, 2, "G, the completions of a problem"),
     ("--updates-per-step", 1, 4, 1, "optimizer steps that share the rollouts of a step"),
-    ("--max-new-tokens", 64, 8192, 1, "T, where a completion is cut"),
+    ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours
