@@ -158,6 +158,9 @@ ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
+# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
+SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
+MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
 LATEX = [math_verify.LatexExtractionConfig()]  # the expression extractor would evaluate the text
 
 
@@ -175,6 +178,7 @@ def last_boxed(text):
 
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
+    answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
     box = f"\\boxed{{{answer}}}"
     return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
 

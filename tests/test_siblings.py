@@ -71,3 +71,15 @@ def test_functions_of_the_same_name_are_the_same(pair):
 @pytest.mark.parametrize("pair", BUDGET, ids="/".join)
 def test_siblings_differ_in_few_lines(pair):
     assert changed(*map(code_lines, pair)) <= BUDGET[pair]
+
+
+def test_eval_math_grades_and_decodes_as_grpo_does():
+    one, other = functions("grpo.py"), functions("eval_math.py")
+    grading = {"last_boxed", "parse_answer", "read_answers", "same_answer"}
+    for name in grading | {"fail", "load_problems", "KVLayer", "pad_left", "decode"}:
+        assert one[name] == other[name], f"{name}() differs"
+    constants = [
+        sections(name)["grading"].partition("def last_boxed")[0]
+        for name in ("grpo.py", "eval_math.py")
+    ]
+    assert constants[0] == constants[1]
