@@ -67,6 +67,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 10.0
+MEASURE = "avg@G"  # of validation; best/ has the highest
 
 
 def fail(message):
@@ -476,7 +477,7 @@ def train(args, context):
     elif out:
         state["best"] = validate(model, tokenizer, val_problems, args)
         save(out / "best", model, tokenizer)
-        print(f"before the first step: avg@{group} {state['best']:.3f}")
+        print(f"before the first step: {MEASURE} {state['best']:.4f}")
     # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
     rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
     order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
@@ -546,7 +547,7 @@ def train(args, context):
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
             line["val"] = validate(model, tokenizer, val_problems, args)
-            bar.write(f"step {step + 1}: avg@{group} {line['val']:.3f}")
+            bar.write(f"step {step + 1}: {MEASURE} {line['val']:.4f}")
             if line["val"] > state["best"]:
                 state["best"] = line["val"]
                 save(out / "best", model, tokenizer)
@@ -559,7 +560,8 @@ def train(args, context):
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)
-        shown = {k: f"{line[k]:.2f}" for k in ("reward", "length", "clipped", "zero_variance")}
+        shown = ("reward", "kl", "length", "clipped", "zero_variance")
+        shown = {key: f"{line[key]:.2f}" for key in shown if line[key] is not None}
         bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
         if step == first_step:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -569,7 +571,7 @@ def train(args, context):
         if line["clipped"] > 0.5:
             bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
     save(out / "final", model, tokenizer)
-    print(f"best avg@{group} {state['best']:.3f}: {out}/best; after the last step: {out}/final")
+    print(f"best {MEASURE} {state['best']:.4f}: {out}/best; after the last step: {out}/final")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
+MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 
 def fail(message):
@@ -435,7 +436,7 @@ def train(args, context):
     elif out:
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)
-        print(f"before the first step: held-out KL {state['best']:.4f}")
+        print(f"before the first step: {MEASURE} {state['best']:.4f}")
     # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
     rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
     order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
@@ -453,6 +454,7 @@ def train(args, context):
 
         # 2 grade: nothing, the teacher judges every token
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
+        rewards = [None] * len(texts)
         if step == first_step:
             bar.write(f"{batch[0]['prompt']!r} -> {texts[0]!r}")
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
@@ -488,12 +490,12 @@ def train(args, context):
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
             line["val"] = validate(model, teacher, val_problems, args)
-            bar.write(f"step {step + 1}: held-out KL {line['val']:.4f}")
+            bar.write(f"step {step + 1}: {MEASURE} {line['val']:.4f}")
             if line["val"] < state["best"]:
                 state["best"] = line["val"]
                 save(out / "best", model, tokenizer)
-        some = list(zip(batch, texts, strict=True))[: 4 * group : group]
-        samples = [{"problem": p["problem"], "completion": c, "reward": None} for p, c in some]
+        some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
+        samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
@@ -501,7 +503,8 @@ def train(args, context):
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)
-        shown = {k: f"{line[k]:.2f}" for k in ("kl", "length", "clipped")}
+        shown = ("reward", "kl", "length", "clipped", "zero_variance")
+        shown = {key: f"{line[key]:.2f}" for key in shown if line[key] is not None}
         bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
         if step == first_step:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -511,7 +514,7 @@ def train(args, context):
         if line["clipped"] > 0.5:
             bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
     save(out / "final", model, tokenizer)
-    print(f"best held-out KL {state['best']:.4f}: {out}/best; after the last step: {out}/final")
+    print(f"best {MEASURE} {state['best']:.4f}: {out}/best; after the last step: {out}/final")
 
 
 if __name__ == "__main__":

@@ -678,7 +678,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, data, capsys):
     out = tmp_path / "run"
     grpo.main(command(data, "--out", str(out), "--warmup-steps", "2", "--lr", "1e-3"))
     printed = capsys.readouterr().out
-    for promised in (f"--out {out}", "<|user|>", "reward", "peak memory", "best avg@4"):
+    for promised in (f"--out {out}", "<|user|>", "reward", "peak memory", "best avg@G"):
         assert promised in printed
     metrics = lines_of(out / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3]
