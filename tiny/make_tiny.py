@@ -66,7 +66,7 @@ def work_out(problem, rng, slip):
     """The working, and what it comes to: a slip is carried on, as people do."""
 
     def say(n):
-        return max(0, n + rng.choice([-10, -2, -1, 1, 2, 10])) if rng.random() < slip else n
+        return n + rng.choice([-10, -2, -1, 1, 2, 10]) if rng.random() < slip else n
 
     if "*" in problem:
         a, b = (int(n) for n in problem.split("*"))
@@ -75,7 +75,7 @@ def work_out(problem, rng, slip):
         return f"{a}*{b - b % 10}={tens},{a}*{b % 10}={ones},{tens}+{ones}={total},", total
     working, (total, *rest) = "", [int(n) for n in problem.split("+")]
     for n in rest:
-        before, total = total, say(total + n)
+        before, total = total, max(0, say(total + n))
         working += f"{before}+{n}={total},"
     return working, total
 
