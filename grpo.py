@@ -22,6 +22,7 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -56,15 +57,15 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
-    ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--steps", 30, 100, 1, "batches of rollouts"),  # paper: ours
     ("--lr", 3e-4, 1e-6, 0, "learning rate, constant after the warmup"),
     ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
-    ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 10.0
 MEASURE = "avg@G"  # of validation; best/ has the highest
@@ -93,6 +94,8 @@ def parse_arguments(argv):
     parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
     parser.add_argument("--advantage", choices=("grpo", "dr_grpo"), default="grpo")
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("several processes would write over each other's run: start it without torchrun")
     config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()

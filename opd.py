@@ -22,6 +22,7 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -48,21 +49,21 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--data", "tiny/prompts.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
     ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
-    ("--prompts-per-step", 32, 256, 1, "B, the problems of a step"),
-    ("--samples-per-prompt", 4, 1, 1, "G, the completions of a problem"),
+    ("--prompts-per-step", 128, 256, 1, "B, the problems of a step"),
+    ("--samples-per-prompt", 1, 1, 1, "G, the completions of a problem"),
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
-    ("--steps", 40, 100, 1, "batches of rollouts"),  # paper: ours
-    ("--lr", 1e-3, 1e-6, 0, "learning rate"),
+    ("--steps", 150, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--lr", 4e-3, 1e-6, 0, "learning rate"),
     ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
-    ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
+    ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
-    ("--val-every", 20, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 20, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 25, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 25, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
 MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
@@ -91,6 +92,8 @@ def parse_arguments(argv):
     parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
     parser.add_argument("--estimator", choices=("exact", "sampled"), default="exact")
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("several processes would write over each other's run: start it without torchrun")
     config = AutoConfig.from_pretrained(args.student)
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()

@@ -923,6 +923,11 @@ def test_bad_flags(capsys, data, tmp_path, monkeypatch, more, said):
     assert not (tmp_path / "runs").exists()
 
 
+def test_several_processes_are_refused(capsys, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refusal(capsys, command(data))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -1,0 +1,650 @@
+"""bridge.py: the recipe's accounts, the commands it runs, its report, and what a kill leaves."""
+
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from subprocess import DEVNULL
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config
+
+import bridge
+import eval_math
+import fkl_warmup
+import grpo
+import opd
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {
+    "grpo.py": grpo,
+    "fkl_warmup.py": fkl_warmup,
+    "opd.py": opd,
+    "eval_math.py": eval_math,
+}
+STEPS = "--teacher-rl-steps --fkl-steps --opd-steps --student-rl-steps".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Such small batches are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def problems_of(path):
+    return [row["problem"] for row in lines_of(path)]
+
+
+def own_data(folder, train=24):
+    """The flags of a small world: two updates a step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in ("train", train), ("val", 4), ("test", 8), ("prompts", 12):
+        source = (ROOT / f"tiny/{'pool' if name == 'prompts' else name}.jsonl").read_text()
+        (folder / f"{name}.jsonl").write_text("".join(source.splitlines(True)[:count]))
+    data = ["--data", "train", "--val-data", "val", "--test-data", "test", "--prompts", "prompts"]
+    flags = [part if part[0] == "-" else str(folder / f"{part}.jsonl") for part in data]
+    return flags + [part for flag in STEPS for part in (flag, "2")]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the scripts catches it."""
+
+
+def in_process(launched, deadly=None):
+    """A launch() without processes, on two problems a step; it dies in the deadly-th one."""
+
+    def launch(command, lock):
+        small = ["--n", "2"] if "eval_math" in command[1] else ["--prompts-per-step", "2"]
+        small += ["--max-new-tokens", "40", "--device", "cpu"]
+        if "eval_math" not in command[1]:
+            small += ["--samples-per-prompt", "2", "--save-every", "1"]
+        launched.append(command[command.index("--out") + 1])
+        with pytest.MonkeyPatch.context() as patch:
+            if len(launched) - 1 == deadly:  # at its second checkpoint; an evaluation, at once
+                script, saves = SCRIPTS[command[1]], []
+                save = getattr(script, "save", None)
+                if save is None:
+                    raise Killed
+
+                def dies(path, *args):
+                    saves.append(path.name)
+                    if saves.count("checkpoint") == 2:
+                        raise Killed
+                    save(path, *args)
+
+                patch.setattr(script, "save", dies)
+            try:
+                SCRIPTS[command[1]].main(command[2:] + small)
+            except SystemExit as stop:
+                return stop.code
+        return 0
+
+    return launch
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def commands_of(printed):
+    """[(script, its arguments)] of a dry run."""
+    found = []
+    for line in printed.splitlines():
+        if line.startswith("$ "):
+            words = shlex.split(line[2:])
+            at = next(i for i, word in enumerate(words) if word in SCRIPTS)
+            found.append((words[at], words[at + 1 :]))
+    return found
+
+
+def always(loaded):
+    return types.SimpleNamespace(from_pretrained=lambda _: loaded)
+
+
+def parsed(commands, monkeypatch, config):
+    """{name of the step: its settings}, read by the scripts themselves; no model is there yet."""
+    found = {}
+    for script, arguments in commands:
+        monkeypatch.setattr(SCRIPTS[script], "AutoConfig", always(config))
+        args = SCRIPTS[script].parse_arguments(arguments)[0]
+        args.script = script
+        args.updates = getattr(args, "steps", 0) * getattr(args, "updates_per_step", 1)
+        found[str(Path(args.out).relative_to("x"))] = args
+    return found
+
+
+@pytest.fixture(scope="module", params=["tiny", "paper"])
+def plan(request):
+    """Every step of every arm, of the tiny recipe and of the paper's, as the scripts read it."""
+    more = []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(ROOT)
+        config = AutoConfig.from_pretrained("tiny/student")
+        if request.param == "paper":
+            config = Qwen3Config(num_hidden_layers=4)  # more than 10 M parameters
+            tokenizer = AutoTokenizer.from_pretrained("tiny/student")
+            patch.setattr(bridge, "AutoTokenizer", always(tokenizer))
+            rows = [{"prompt": [{"content": f"{i}+1"}], "answer": f"{i + 1}"} for i in range(2000)]
+            patch.setitem(sys.modules, "datasets", fake_datasets(rows))
+            more = ["--teacher", "Qwen/Qwen3-8B", "--student", "Qwen/Qwen3-1.7B"]
+        patch.setattr(bridge, "AutoConfig", always(config))
+        bridge.main(["--dry-run", "--arms", "all", "--out", "x", "--seed", "7", *more])
+        assert not Path("x").exists()
+        commands = commands_of(printed.getvalue())
+        assert len(commands) == 12 + 14 * (1 if request.param == "tiny" else 3)
+        return parsed(commands, patch, config)
+
+
+def fake_datasets(rows):
+    class Rows(list):
+        def train_test_split(self, test_size, seed):
+            assert (test_size, seed) == (0.2, 42)
+            cut = int(0.8 * len(self))
+            return {"train": Rows(self[:cut]), "test": Rows(self[cut:])}
+
+    return types.SimpleNamespace(load_dataset=lambda name, split: Rows(rows))
+
+
+def training(plan):
+    return {name: args for name, args in plan.items() if args.script != "eval_math.py"}
+
+
+def test_every_command_is_understood_by_its_script(plan):
+    assert set(training(plan)) == {step for steps in bridge.ARMS.values() for step in steps}
+    assert {args.seed for args in plan.values()} == {7}
+    assert len({args.preset for args in plan.values()}) == 1
+    steps = training(plan)
+    assert all(steps[name].script == "grpo.py" for name in ("1-teacher-rl", "direct"))
+    # What goes from step to step.
+    assert steps["2a-fkl"].teacher == "x/1-teacher-rl/best"
+    assert steps["2b-opd"].teacher == "x/1-teacher-rl/best"
+    assert steps["2b-opd"].student == "x/2a-fkl/final"
+    assert steps["3-student-rl"].model == "x/2b-opd/final"
+    for name in ("direct", "cold-student-rl"):
+        assert steps[name].model == steps["2a-fkl"].student
+    assert steps["raw-fkl"].teacher == steps["raw-opd"].teacher == steps["1-teacher-rl"].model
+    assert steps["raw-opd"].student == "x/raw-fkl/final"
+    for name in ("only-opd", "only-fkl"):
+        assert steps[name].student == steps["2a-fkl"].student
+        assert steps[name].teacher == steps["2a-fkl"].teacher
+    for name in ("replay", "more-opd"):
+        assert steps[name].student == "x/2b-opd/final"
+    assert steps["replay"].rollouts == "x/2a-fkl/rollouts.jsonl"
+
+
+def test_arms_are_matched_in_updates_and_rollouts(plan):
+    steps = training(plan)
+    one, two, three = steps["1-teacher-rl"], steps["2a-fkl"], steps["3-student-rl"]
+    assert steps["direct"].updates == one.updates + three.updates
+    for name in ("only-opd", "only-fkl"):
+        assert steps[name].updates == two.updates + steps["2b-opd"].updates
+    assert (steps["raw-fkl"].updates, steps["raw-opd"].updates) == (
+        two.updates,
+        steps["2b-opd"].updates,
+    )
+    assert steps["cold-student-rl"].updates == three.updates
+
+    def rollouts(args):
+        return args.prompts_per_step * args.samples_per_prompt * args.steps
+
+    for name in ("replay", "more-opd"):
+        assert steps[name].updates == three.updates
+        assert rollouts(steps[name]) == rollouts(three)
+
+
+def test_no_label_goes_where_it_must_not(plan):
+    steps = training(plan)
+    labels = {name: Path(args.data).name for name, args in steps.items() if hasattr(args, "model")}
+    assert labels == {
+        "1-teacher-rl": "a.jsonl",
+        "3-student-rl": "b.jsonl",
+        "direct": "a+b.jsonl",
+        "cold-student-rl": "b.jsonl",
+    }
+    order = list(steps)
+    assert order.index("3-student-rl") > max(map(order.index, bridge.BRIDGE))
+    for name, args in steps.items():
+        assert args.val_data == f"x/data/{'val' if name in labels else 'val-prompts'}.jsonl"
+        if name not in labels:
+            assert args.data == "x/data/prompts.jsonl"
+
+
+def test_the_test_file_reaches_the_evaluation_and_nothing_else(plan):
+    evaluations = [args for args in plan.values() if args.script == "eval_math.py"]
+    tests = {args.data for args in evaluations}
+    assert tests in ({"tiny/test.jsonl"}, {"math500", "aime24", "aime25"})
+    for args in training(plan).values():
+        assert not tests & set(map(str, vars(args).values()))
+    # Every model is evaluated on every test: the two that are there before, and each step's.
+    assert len(evaluations) == len(tests) * (2 + len(training(plan)))
+    for name, args in training(plan).items():
+        kept = "best" if args.script == "grpo.py" else "final"
+        assert sum(e.model == f"x/{name}/{kept}" for e in evaluations) == len(tests)
+
+
+def test_flags_pass_through(capsys):
+    more = "--fkl-steps 3 --fkl-lr 0.5 --student-rl-steps 4 --opd-lr 0.25 --nproc 2".split()
+    bridge.main(["--dry-run", "--out", "x", *more])
+    printed = capsys.readouterr().out
+    commands = {arguments[-1]: arguments for _, arguments in commands_of(printed)}
+    assert "--steps 3 --lr 0.5" in " ".join(commands["x/2a-fkl"])
+    assert "--lr 0.25" in " ".join(commands["x/2b-opd"])
+    assert "--steps 34" in " ".join(commands["x/direct"])
+    launched = [line for line in printed.splitlines() if line.startswith("$ ")]
+    for line in launched:
+        assert ("torchrun --nproc-per-node 2 " in line) != ("eval_math.py" in line)
+
+
+@pytest.mark.parametrize(
+    ("more", "gone"),
+    [
+        (["--skip-teacher-rl"], {"1-teacher-rl"}),
+        (["--skip-student-rl"], {"3-student-rl", "cold-student-rl"}),
+    ],
+)
+def test_one_can_bring_ones_own(more, gone, capsys):
+    bridge.main(["--dry-run", "--out", "x", "--arms", "all"])
+    whole = commands_of(capsys.readouterr().out)
+    bridge.main(["--dry-run", "--out", "x", "--arms", "all", *more])
+    commands = {arguments[-1]: arguments for _, arguments in commands_of(capsys.readouterr().out)}
+    missing = {arguments[-1] for _, arguments in whole} - set(commands)
+    assert {f"x/{name}" for name in gone} <= missing
+    teacher = commands["x/2a-fkl"][commands["x/2a-fkl"].index("--teacher") + 1]
+    assert teacher == ("tiny/teacher" if "1-teacher-rl" in gone else "x/1-teacher-rl/best")
+
+
+# --- the labels -----------------------------------------------------------------------------------
+
+
+def split(folder, *more):
+    args = bridge.parse_arguments([*own_data(folder), *more])
+    return bridge.split_problems(args)
+
+
+def test_the_split(tmp_path):
+    splits = split(tmp_path)
+    rows = [json.dumps(row) for row in splits["A"] + splits["B"]]
+    assert sorted(rows) == sorted(map(json.dumps, lines_of(tmp_path / "train.jsonl")))
+    assert splits["A+B"] == splits["A"] + splits["B"] and len(splits["A"]) == len(splits["B"])
+    assert splits["VAL"] == lines_of(tmp_path / "val.jsonl")
+    for name, source in ("PROMPTS", "prompts"), ("VAL-PROMPTS", "val"):
+        assert [row["problem"] for row in splits[name]] == problems_of(tmp_path / f"{source}.jsonl")
+        assert all(set(row) == {"problem"} for row in splits[name])
+    assert split(tmp_path) == splits
+    assert split(tmp_path, "--seed", "1")["A"] != splits["A"]
+
+
+def test_a_label_counts_once(tmp_path):
+    """Twins would put a label of B into A; a problem of --val-data is no label of training."""
+    flags = own_data(tmp_path)
+    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    train.write_text(2 * train.read_text() + val.read_text())
+    splits = bridge.split_problems(bridge.parse_arguments(flags))
+    problems = [row["problem"] for row in splits["A+B"]]
+    assert len(problems) == len(set(problems)) == 24
+    assert not set(problems) & set(problems_of(val))
+
+
+def test_without_prompts_the_problems_of_the_data_are_taken(tmp_path):
+    flags = own_data(tmp_path)
+    flags = flags[: flags.index("--prompts")] + flags[flags.index("--prompts") + 2 :]
+    splits = bridge.split_problems(bridge.parse_arguments(flags))
+    assert splits["PROMPTS"] == [{"problem": row["problem"]} for row in splits["A+B"]]
+
+
+def test_the_papers_data(monkeypatch):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}"}], "reward_model": {"ground_truth": f"{i}"}}
+        for i in range(2000)
+    ]
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(rows))
+    args = types.SimpleNamespace(data=None, prompts=None, seed=0)
+    splits = bridge.split_problems(args)
+    assert splits["A"] == rows[:1600]
+    assert splits["VAL"] == rows[1600:1856] and splits["B"] == rows[1856:]
+    assert splits["PROMPTS"] == [{"prompt": row["prompt"]} for row in rows[:1600] + rows[1856:]]
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All arms, two updates a step: (directory, flags, what was launched, what was printed)."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags, launched = own_data(folder), []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(ROOT)
+        patch.setattr(bridge, "launch", in_process(launched))
+        bridge.main([*flags, "--arms", "all", "--out", str(folder / "run")])
+    return folder / "run", flags, launched, printed.getvalue()
+
+
+def test_all_arms_run_and_each_step_once(whole):
+    run, _, launched, printed = whole
+    assert len(launched) == len(set(launched)) == 12 + 2 + 12
+    assert printed.count("minutes to go") == 12 and "about 0.0 minutes to go" in printed
+    table = (run / "table.md").read_text()
+    assert table in printed
+    for arm in bridge.ARMS:
+        assert f"| **{arm}** |" in table
+    assert "avg@2, test" in table and "greedy, test" in table
+    assert (run / "curves.png").read_bytes()[1:4] == b"PNG"
+    results = json.loads((run / "results.json").read_text())
+    for arm, row in results["arms"].items():
+        (numbers,) = row["test"].values()
+        assert set(numbers) == {"avg@2", "greedy"}
+        last = bridge.ARMS[arm][-1]
+        measured = json.loads((run / f"eval/{last}-test/results.json").read_text())["metrics"]
+        assert numbers["greedy"] == measured["greedy"]
+        assert row["cost"]["minutes"] > 0 and row["cost"]["rollout tokens"] > 0
+
+
+def test_what_each_arm_has_used(whole):
+    results = json.loads((whole[0] / "results.json").read_text())
+    names = ("labels", "validation", "updates", "dense updates")
+    used = {arm: [row["cost"][n] for n in names] for arm, row in results["arms"].items()}
+    assert used == {  # two problems a step here, so that two steps see four labels
+        "recipe": [8, 4, 4, 4],
+        "bridge": [4, 4, 2, 4],
+        "direct": [8, 4, 4, 0],
+        "raw-teacher": [0, 0, 0, 4],
+        "no-warmup": [4, 4, 2, 4],
+        "no-opd": [4, 4, 2, 4],
+        "replay": [4, 4, 2, 6],
+        "more-opd": [4, 4, 2, 6],
+        "cold-stage-3": [4, 4, 2, 0],
+    }
+    run = whole[0]
+    a, b = (set(problems_of(run / f"data/{name}.jsonl")) for name in "ab")
+    assert not a & b and len(a | b) == 24
+    seen = {p.parent.name: problems_of(p) for p in run.glob("*/samples.jsonl")}
+    assert set(seen["1-teacher-rl"]) <= a and set(seen["3-student-rl"]) <= b
+    for step in ("2a-fkl", "2b-opd", "raw-fkl", "more-opd"):
+        assert set(seen[step]) <= set(problems_of(run / "data/prompts.jsonl"))
+
+
+@pytest.fixture
+def again(whole, tmp_path, monkeypatch):
+    """(flags of the finished run, what is launched from now on); afterwards all is as before."""
+    run, flags, launched = whole[0], whole[1], []
+    shutil.copytree(run, tmp_path / "kept")
+    monkeypatch.setattr(bridge, "launch", in_process(launched))
+    yield [*flags, "--arms", "all", "--out", str(run)], launched
+    shutil.rmtree(run)
+    shutil.copytree(tmp_path / "kept", run)
+
+
+def names_of(launched, run):
+    return [str(Path(out).relative_to(run)) for out in launched]
+
+
+def test_what_is_done_is_not_done_again(whole, again, capsys):
+    flags, launched = again
+    bridge.main(flags)
+    assert launched == []
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 26 and "runs anew" not in printed
+    assert (whole[0] / "table.md").read_text() in printed
+
+
+def test_other_settings_run_anew_with_what_depends_on_them(whole, again, capsys):
+    flags, launched = again
+    before = (whole[0] / "2b-opd/final/model.safetensors").read_bytes()
+    bridge.main([*flags, "--opd-lr", "0.001", "--arms", "recipe", "direct", "no-opd"])
+    steps = ["2b-opd@2", "3-student-rl@2"]
+    evaluations = ["eval/2b-opd-test@2", "eval/3-student-rl-test@2"]
+    assert sorted(names_of(launched, whole[0])) == sorted(steps + evaluations)
+    printed = capsys.readouterr().out
+    assert "2b-opd runs anew" in printed and "--lr was 0.002" in printed
+    assert f"--model was {whole[0]}/2b-opd/final" in printed
+    assert (whole[0] / "2b-opd/final/model.safetensors").read_bytes() == before
+    results = json.loads((whole[0] / "results.json").read_text())
+    (numbers,) = results["arms"]["recipe"]["test"].values()
+    measured = json.loads((whole[0] / "eval/3-student-rl-test@2/results.json").read_text())
+    assert numbers["avg@2"] == measured["metrics"]["avg@2"]
+    launched.clear()  # and back to what stands there still
+    bridge.main([*flags, "--arms", "recipe", "direct", "no-opd"])
+    assert launched == []
+
+
+def test_what_is_the_same_step_under_two_names_is_run_once(again, capsys):
+    """The teacher before RL is the teacher, if step 1 is skipped."""
+    flags, launched = again
+    bridge.main([*flags, "--skip-teacher-rl", "--arms", "bridge", "raw-teacher"])
+    printed = capsys.readouterr().out
+    assert launched == [] and printed.count("done before, in") == 2 + 2 * 4
+
+
+def test_other_data_run_anew(whole, again, capsys):
+    flags, launched = again
+    train = whole[0].parent / "train.jsonl"
+    kept = train.read_text()
+    train.write_text("".join(kept.splitlines(True)[:22]))
+    bridge.main([*flags, "--arms", "bridge", "raw-teacher"])
+    train.write_text(kept)
+    assert "data/a.jsonl changed" in capsys.readouterr().out
+    anew = ["1-teacher-rl@2", "2a-fkl@2", "2b-opd@2"]
+    assert [name for name in names_of(launched, whole[0]) if "eval" not in name] == anew
+
+
+def test_an_edited_script_runs_anew_but_not_for_a_comment(again, tmp_path, monkeypatch, capsys):
+    flags, launched = again
+    for name in (*SCRIPTS, "bridge.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    monkeypatch.setattr(bridge, "__file__", str(tmp_path / "bridge.py"))
+    source = (ROOT / "opd.py").read_text()
+    (tmp_path / "opd.py").write_text(f"# a comment\n{source}")
+    bridge.main(flags)
+    assert launched == []
+    (tmp_path / "opd.py").write_text(f"{source}\nEDITED = True\n")
+    monkeypatch.setattr(bridge, "launch", lambda command, lock: 3)
+    with pytest.raises(SystemExit):
+        bridge.main(flags)
+    printed = capsys.readouterr()
+    assert "2b-opd runs anew" in printed.out and "opd.py was edited" in printed.out
+    assert "2a-fkl runs anew" not in printed.out
+    (tmp_path / "opd.py").write_text("def broken(:")
+    with pytest.raises(SystemExit) as stop:
+        bridge.main(flags)
+    assert stop.value.code == 2 and "(opd.py, line 1)" in capsys.readouterr().err
+
+
+def same_run(one, other):
+    """The same weights, tables and numbers, whatever the time that it took."""
+    for path in sorted(one.glob("*/*/model.safetensors")):
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
+    numbers = []
+    for run in (one, other):
+        results = json.loads((run / "results.json").read_text())
+        for arm in results["arms"].values():
+            arm["cost"].pop("minutes")
+            arm["test"] = list(arm["test"].values())
+        numbers.append(results["arms"])
+    assert numbers[0] == numbers[1]
+
+
+def test_a_kill_between_and_inside_steps_changes_no_bit(tmp_path, monkeypatch):
+    flags, launched = own_data(tmp_path), []
+    flags += ["--arms", "recipe"]
+    monkeypatch.setattr(bridge, "launch", in_process(launched))
+    bridge.main([*flags, "--out", str(tmp_path / "whole")])
+    count = len(launched)
+    for _ in range(count):  # the first launch of each life ends, the second one is killed
+        lived = []
+        monkeypatch.setattr(bridge, "launch", in_process(lived, deadly=1))
+        try:
+            bridge.main([*flags, "--out", str(tmp_path / "killed")])
+            break
+        except Killed:
+            assert len(lived) == 2
+    assert len(lived) == 1  # all but the first and the last have been killed once
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def begin():
+    """Starts commands, each a group of processes; none of them outlives the test."""
+    started = []
+
+    def start(command, log):
+        options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": DEVNULL}
+        with log.open("w") as file:
+            started.append(
+                subprocess.Popen(command, stdout=file, start_new_session=True, **options)
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_sigkill(tmp_path, begin):
+    """A step that died with the bridge goes on; one that outlives it is waited for."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "bridge.py", *own_data(tmp_path), "--out", str(run)]
+    command += ["--arms", "cold-stage-3"]
+
+    def wait_for(condition, process):
+        while not condition():
+            assert process.poll() is None
+            time.sleep(0.02)
+
+    first = begin(command, log)
+    wait_for((run / "cold-student-rl/best").exists, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    second = begin(command, log)
+    wait_for(lambda: "goes on with this run" in log.read_text().partition("cold-stud")[2], second)
+    assert "eval/student-test: done before" in log.read_text()
+    step = int(subprocess.check_output(["pgrep", "-P", str(second.pid)]))
+    os.kill(step, signal.SIGSTOP)
+    second.kill()
+    second.wait()
+    third = begin(command, log)
+    wait_for(lambda: "is still at work" in log.read_text(), third)
+    os.kill(step, signal.SIGCONT)
+    assert third.wait() == 0
+    printed = log.read_text()
+    assert "cold-student-rl: done before" in printed and "| **cold-stage-3** |" in printed
+    metrics = lines_of(run / "cold-student-rl/metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refusal(capsys, arguments, monkeypatch, status=None):
+    """The one line on stderr of a run that launches nothing, or whose first step fails."""
+    launched = []
+    monkeypatch.setattr(bridge, "launch", lambda command, _: launched.append(command) or status)
+    with pytest.raises(SystemExit) as stop:
+        bridge.main(arguments)
+    assert stop.value.code == 2 and (launched == []) == (status is None)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1, err
+    return err[0]
+
+
+def test_other_tokenizers_are_refused_before_any_training(tmp_path, capsys, monkeypatch):
+    shutil.copytree(ROOT / "tiny/teacher", tmp_path / "other")
+    path = tmp_path / "other/tokenizer.json"
+    path.write_text(path.read_text().replace('"7":', '"x":'))
+    more = ["--teacher", str(tmp_path / "other"), "--out", str(tmp_path / "run")]
+    assert "different tokenizers" in refusal(capsys, more, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_problems(tmp_path, capsys, monkeypatch):
+    said = refusal(capsys, own_data(tmp_path, train=15), monkeypatch)
+    assert "too few problems: 7 + 8 labelled, 12 without, 4 for validation" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ('{"answer": "1"}', "no problem"),
+        ('{"problem": "1+1"}', "no answer"),
+        ('{"problem": "1+1", "answer": ""}', "no answer"),
+    ],
+)
+def test_bad_lines(tmp_path, capsys, monkeypatch, line, said):
+    flags = own_data(tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert f"{tmp_path}/train.jsonl:25: {said}" in refusal(capsys, flags, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--student", "./nowhere"], "nowhere"),
+        (["--teacher", "./nowhere"], "nowhere"),
+        (["--data", "tiny/train.jsonl"], "come together"),
+        (["--val-data", "tiny/val.jsonl"], "come together"),
+        (["--arms", "recepy"], "--arms"),
+        (["--opd-steps", "0"], "--opd-steps must be at least 1"),
+        (["--opd-lr", "nan"], "--opd-lr must be at least 0"),
+        (["--arms", "cold-stage-3", "--skip-student-rl"], "leaves nothing of --arms"),
+    ],
+)
+def test_bad_flags(capsys, monkeypatch, more, said):
+    assert said in refusal(capsys, more, monkeypatch)
+
+
+def test_a_directory_of_something_else(tmp_path, capsys, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    said = refusal(capsys, ["--out", str(tmp_path)], monkeypatch)
+    assert f"{tmp_path} holds something that is no run" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_missing_file(tmp_path, capsys, monkeypatch):
+    flags = own_data(tmp_path)
+    (tmp_path / "val.jsonl").unlink()
+    assert "val.jsonl" in refusal(capsys, flags, monkeypatch)
+
+
+def test_a_step_that_fails_is_named_with_its_command(tmp_path, capsys, monkeypatch):
+    flags = [*own_data(tmp_path), "--out", str(tmp_path / "run")]
+    said = refusal(capsys, flags, monkeypatch, status=2)
+    assert "eval/student-test ended with status 2" in said
+    assert f"eval_math.py --model tiny/student --data {tmp_path}/test.jsonl" in said
+
+
+def test_the_error_of_a_step_is_shown_once_in_its_own_words(tmp_path):
+    flags = own_data(tmp_path)
+    (tmp_path / "test.jsonl").unlink()
+    command = [sys.executable, "bridge.py", *flags, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    own = [line for line in done.stderr.splitlines() if "test.jsonl" in line]
+    assert len(own) == 2 and own[0].startswith("eval_math.py: ")
+    assert own[1].startswith("bridge.py: eval/student-test ended with status 2")
+    assert "Traceback" not in done.stderr
