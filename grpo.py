@@ -14,7 +14,7 @@ No KL to a reference and no entropy bonus. With one update per step pi_old is pi
 exactly 1 and needs no scoring of its own. What is sampled is what is scored: the full softmax at
 --temperature. All randomness follows from (--seed, step), so resuming changes no bit on a CPU.
 
-    python grpo.py                          the pocket teacher: a minute or two on two cores
+    python grpo.py                          the pocket teacher: half a minute on two cores
     python grpo.py --model Qwen/Qwen3-1.7B --data train.jsonl --val-data val.jsonl --out runs/x
 """
 

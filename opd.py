@@ -54,16 +54,16 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
-    ("--steps", 150, 100, 1, "batches of rollouts"),  # paper: ours
-    ("--lr", 4e-3, 1e-6, 0, "learning rate"),
+    ("--steps", 300, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--lr", 2e-3, 1e-6, 0, "learning rate"),
     ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
-    ("--val-every", 25, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 25, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 50, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 50, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
 MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
