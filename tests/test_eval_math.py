@@ -26,10 +26,14 @@ STUDENT = str(ROOT / "tiny/student")
 TERMS = {"4+5": 2, "7+7": 2, "37+8+5": 3, "91+2+2": 3, "12+3+4+9": 4, "8+1": 2, "5+5+5": 3}
 
 
+def add(problem):
+    return str(sum(map(int, problem.split("+"))))
+
+
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "data.jsonl"
-    rows = [{"problem": p, "answer": str(eval(p)), "terms": t} for p, t in TERMS.items()]
+    rows = [{"problem": p, "answer": add(p), "terms": t} for p, t in TERMS.items()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -407,7 +411,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, data, capsys):
     assert [(line["problem"], line["index"]) for line in lines] == list(
         itertools.product(range(7), range(5))
     )
-    assert [line["gold"] for line in lines[::5]] == [str(eval(p)) for p in TERMS]
+    assert [line["gold"] for line in lines[::5]] == [add(p) for p in TERMS]
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["temperature"] == 1.0 and results["n"] == 4
     for line in lines:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import grpo
 
@@ -551,7 +551,7 @@ def test_last_balanced_box(text, answer):
         ("\\text{Evelyn}", "\\text{Bob}", False),
         ("x^2+2x+1", "(x+1)^2", True),
         ("5", "9^{9^{9^9}}", False),
-        ("5", "\\text{__import__('os').system('touch /tmp/pwned')}", False),
+        ("5", "\\text{__import__('os').system('touch pwned')}", False),
     ],
 )
 def test_same_answer(gold, answer, same):
@@ -771,6 +771,27 @@ def test_show_prints_one_rollout_token_by_token(tmp_path, data, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "'<|end|>'" in printed and "\033" not in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_show_is_in_colour_on_a_terminal_only(tokenizer, monkeypatch, capsys):
+    ids, signal = torch.tensor([5, 6]), torch.tensor([1.5, -0.5])
+    monkeypatch.setattr(grpo.sys.stdout, "isatty", lambda: True, raising=False)
+    grpo.show(tokenizer, ids, signal, "advantage")
+    green, red = capsys.readouterr().out.splitlines()[1:]
+    assert green.startswith("\033[32m") and "+1.500" in green
+    assert red.startswith("\033[31m") and "-0.500" in red
+
+
+def test_the_papers_settings_and_who_gets_them(monkeypatch):
+    args, _ = grpo.parse_arguments(["--model", TEACHER, "--preset", "paper"])
+    got = (args.data, args.prompts_per_step, args.samples_per_prompt, args.updates_per_step)
+    assert got == (grpo.DAPO, 512, 8, 4)
+    assert (args.lr, args.weight_decay, args.grad_clip, args.temperature) == (1e-6, 0.1, 1.0, 1.0)
+    assert (args.max_new_tokens, args.val_data) == (8192, None) and "boxed" in args.prompt_suffix
+    assert (grpo.CLIP_LOW, grpo.CLIP_HIGH, grpo.DUAL_CLIP) == (0.2, 0.28, 10.0)
+    config = Qwen3Config(hidden_size=512, num_hidden_layers=8, vocab_size=32_000)  # > 10 M
+    monkeypatch.setattr(grpo.AutoConfig, "from_pretrained", lambda name: config)
+    assert grpo.parse_arguments([])[0].preset == "paper"
 
 
 class Killed(BaseException):
