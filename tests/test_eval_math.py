@@ -563,7 +563,7 @@ def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch):
 def test_presets():
     tiny, _ = eval_math.parse_arguments(["--model", STUDENT])
     assert (tiny.data, tiny.n, tiny.temperature) == ("tiny/test.jsonl", 8, 1.0)
-    assert (tiny.top_p, tiny.top_k, tiny.max_new_tokens) == (1.0, 0, 64)
+    assert (tiny.top_p, tiny.top_k, tiny.max_new_tokens) == (1.0, 0, 72)
     paper, _ = eval_math.parse_arguments(["--model", STUDENT, "--preset", "paper", "--n", "3"])
     assert (paper.temperature, paper.top_p, paper.top_k, paper.n) == (0.7, 0.8, 20, 3)
     assert "\\boxed{}" in paper.prompt_suffix and paper.max_new_tokens == 8192
