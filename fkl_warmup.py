@@ -60,8 +60,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
-    ("--val-every", 50, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 50, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
 MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
