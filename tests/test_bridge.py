@@ -417,7 +417,8 @@ def test_other_settings_run_anew_with_what_depends_on_them(whole, again, capsys)
     evaluations = ["eval/2b-opd-test@2", "eval/3-student-rl-test@2"]
     assert sorted(names_of(launched, whole[0])) == sorted(steps + evaluations)
     printed = capsys.readouterr().out
-    assert "2b-opd runs anew" in printed and "--lr was 0.002" in printed
+    was = bridge.SETTINGS["--opd-lr"][0]
+    assert "2b-opd runs anew" in printed and f"--lr was {was}" in printed
     assert f"--model was {whole[0]}/2b-opd/final" in printed
     assert (whole[0] / "2b-opd/final/model.safetensors").read_bytes() == before
     results = json.loads((whole[0] / "results.json").read_text())
