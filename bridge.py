@@ -12,7 +12,7 @@ prompts of steps 2a and 2b have no answers, and the test file reaches eval_math.
 
     python bridge.py                        the pocket models: some minutes on two cores
     python bridge.py --arms all             with every control
-    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --nproc 8
+    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B
 """
 
 import argparse
@@ -118,7 +118,7 @@ def parse_arguments(argv):
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=["recipe", "direct"])
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, goes to every script")
-    parser.add_argument("--nproc", type=int, default=0, help="processes of a step, by torchrun")
+    parser.add_argument("--nproc", type=int, default=0, help="by torchrun; 1 at most so far")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
     parser.add_argument("--skip-student-rl", action="store_true", help="stop after the bridge")
