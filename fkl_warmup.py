@@ -53,7 +53,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 400, 100, 1, "batches of rollouts"),  # paper: ours
-    ("--lr", 2e-3, 1e-6, 0, "learning rate"),
+    ("--lr", 2e-3, 1e-6, 0, "learning rate"),  # paper: ours
     ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
