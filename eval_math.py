@@ -139,10 +139,19 @@ def read_rows(source):
             fail(f"{source}:{number}: not a JSON object; mend or delete this line")
 
 
+def render(text, tokenizer, args):
+    """The prompt of a problem, and its token ids."""
+    plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+    if not plain:
+        chat = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+
+
 def load_problems(source, tokenizer, args, context):
     """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
     problems = []
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": args.thinking}
     for where, row in read_rows(source):
         text = row.get("problem") or row.get("question") or row.get("prompt")
         if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
@@ -151,11 +160,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
             fail(f"{where}: no problem (nor question, nor prompt)")
-        plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
-        if not plain:
-            chat = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(chat, **options)
-        ids = tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+        prompt, ids = render(text, tokenizer, args)
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):

@@ -1,0 +1,676 @@
+"""PACED: distillation at the frontier of the student's competence (arXiv 2603.11178).
+
+A problem that the student always solves has nothing left to teach, one that it never solves pulls
+in directions that do not add up. So each problem counts by the student's own pass rate p on it:
+nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of the student, which
+are graded against labels; the loss itself reads none. Either of the two distillations will do.
+
+  Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
+  Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl) or KL(pi_S‖pi_T) on the student's (rkl)
+  Eq. 3  loss = sum_it (w_i / mean w) KL_it / (number of completion tokens in the whole update)
+
+Ours: the mean of Eq. 3 is over the problems of the whole update; problems of weight 0 are not
+sampled, so that whatever the weights, a step has as many rollouts; a problem's p is refreshed every
+--refresh-every steps. --self: the teacher is the frozen start model, which sees the answer in its
+prompt (--hint). vs opd.py: the weights, and a schedule of both directions.
+
+    python paced.py                         the pocket student: about a minute on two cores
+    python paced.py --self --student Qwen/Qwen3-1.7B --data labelled.jsonl --val-data val.jsonl
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import math_verify
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kernels import softmax_kl
+
+# --- arguments ------------------------------------------------------------------------------------
+
+DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+FLAGS = [  # name, tiny preset, paper preset, least value, meaning
+    ("--data", "tiny/pool.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
+    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
+    ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
+    ("--prompts-per-step", 128, 256, 1, "B, the problems of a step"),
+    ("--samples-per-prompt", 1, 1, 1, "G, the completions of a problem"),
+    ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
+    ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
+    ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
+    ("--steps", 100, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--lr", 2e-3, 1e-6, 0, "learning rate"),
+    ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
+    ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
+    ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
+    ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
+    ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
+    ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
+    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
+    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--pass-rollouts", 8, 8, 2, "K, the completions that a pass rate is estimated from"),
+    ("--refresh-every", 0, 0, 0, "steps between estimates of the pass rates; 0: one, at the start"),
+    ("--alpha", 1.0, 1.0, 0, "of p^alpha (1 - p)^beta"),
+    ("--beta", 1.0, 1.0, 0, "of p^alpha (1 - p)^beta"),
+    ("--hint", "({answer})", "The answer is {answer}. Show how to get it: ", None, "for --self"),
+]
+SCHEDULES = ("fkl", "rkl", "fkl-rkl", "rkl-fkl")  # two directions: half of the steps each
+MEASURE = "held-out KL"  # of validation; best/ has the lowest
+
+
+def fail(message):
+    """A person reads this: one line on stderr, exit status 2."""
+    tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_arguments(argv):
+    """The settings: by hand, else from the preset; and the model's context length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--student", default="tiny/student", help="directory or hub name")
+    parser.add_argument("--teacher", help="directory or hub name [tiny/teacher]")
+    parser.add_argument("--out", help="directory of the run; the same command resumes it")
+    parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--preset", choices=("tiny", "paper"), help="tiny below 10 M parameters")
+    for name, tiny, paper, _, meaning in FLAGS:
+        parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
+    parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
+    parser.add_argument("--weights", choices=("paced", "uniform", "filter"), default="paced")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="[fkl-rkl, with --self rkl]")
+    parser.add_argument("--self", action="store_true", help="the student before, with a --hint")
+    args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("several processes would write over each other's run: start it without torchrun")
+    if args.self and args.teacher:
+        fail("--self is its own teacher: leave out --teacher")
+    args.teacher = args.student if args.self else args.teacher or "tiny/teacher"
+    args.schedule = args.schedule or ("rkl" if args.self else "fkl-rkl")
+    config = AutoConfig.from_pretrained(args.student)
+    with torch.device("meta"):
+        n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
+    own_data = args.data is not None  # is validated on a share of itself
+    for name, tiny, paper, least, _ in FLAGS:
+        key = name[2:].replace("-", "_")
+        if getattr(args, key) is None and not (own_data and key == "val_data"):
+            setattr(args, key, tiny if args.preset == "tiny" else paper)
+        if least is not None and not least <= getattr(args, key) < float("inf"):
+            fail(f"{name} must be at least {least}, not {getattr(args, key)}")
+    return args, config.max_position_embeddings
+
+
+# --- problems -------------------------------------------------------------------------------------
+def read_rows(source):
+    """(where, row) for each line of a JSONL file, or for each row of a hub data set."""
+    if source.endswith(".jsonl") or Path(source).is_file():
+        for number, line in enumerate(Path(source).open("rb"), 1):
+            try:
+                yield f"{source}:{number}", dict(json.loads(line))
+            except (ValueError, TypeError):
+                fail(f"{source}:{number}: not a JSON object; mend or delete this line")
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"{source} is no file; data sets of the hub need: pip install datasets")
+    name, _, split = source.partition(":")
+    rows = load_dataset(name, split=split or "train")
+    if source == DAPO:  # the authors' split: 80 %, seed 42
+        rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
+    yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
+
+
+def render(text, tokenizer, args):
+    """The prompt of a problem, and its token ids."""
+    plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+    if not plain:
+        chat = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+
+
+def load_problems(source, tokenizer, args, context):
+    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    problems = []
+    for where, row in read_rows(source):
+        text = row.get("problem") or row.get("question") or row.get("prompt")
+        if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
+            text = str(text[-1].get("content"))
+            text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
+            text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
+        if not text or not isinstance(text, str):
+            fail(f"{where}: no problem (nor question, nor prompt)")
+        prompt, ids = render(text, tokenizer, args)
+        problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
+    fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
+    if len(fits) < len(problems):
+        print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
+    return fits or fail(f"{source}: not one problem that fits a context of {context} tokens")
+
+
+# --- grading --------------------------------------------------------------------------------------
+ANSWERS = ("answer", "solution", "ground_truth")
+INTEGER = re.compile(r"-?\d{1,30}")
+# Towers of powers, long exponents and factorials keep sympy busy for a second each.
+COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
+# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
+SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
+MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
+LATEX = [math_verify.LatexExtractionConfig()]  # the expression extractor would evaluate the text
+
+
+def last_boxed(text):
+    r"""What the last balanced \boxed{} holds, or None."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts[-8:]):  # a text of nothing but boxes must not take a minute
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return text[start : start + match.start()].strip()
+    return None
+
+
+def parse_answer(answer):
+    """math-verify's reading of an answer; empty if it finds none within a second."""
+    answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
+    box = f"\\boxed{{{answer}}}"
+    return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
+
+
+def read_answers(problems):
+    """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
+    for problem in problems:
+        places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
+        found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
+        text = next((str(answer) for answer in found if answer is not None), "")
+        answer = last_boxed(text) or text.rpartition("####")[2].strip()
+        if not INTEGER.fullmatch(answer) and not parse_answer(answer):
+            fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
+        problem["answer"] = answer
+
+
+@lru_cache(maxsize=100_000)
+def same_answer(gold, answer):
+    """The same text, the same integer, or the same mathematics."""
+    if answer == gold or (INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)):
+        return answer == gold or int(answer) == int(gold)
+    if len(answer) > 256 or COSTLY.search(answer):
+        return False
+    return math_verify.verify(parse_answer(gold), parse_answer(answer), timeout_seconds=1)
+
+
+def grade(tokenizer, completion_ids, mask, golds):
+    """The completions as texts, and a reward of 1 for each whose last box holds the gold answer."""
+    texts, rewards, lost = [], [], 0.0
+    for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
+        texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
+        answer, began = last_boxed(texts[-1]), time.monotonic()
+        # After ten seconds lost to hostile answers only equal texts count: a step must not stall.
+        right = answer == gold or (answer is not None and lost < 10 and same_answer(gold, answer))
+        rewards.append(float(right))
+        seconds = time.monotonic() - began
+        lost += seconds if seconds > 0.5 else 0.0
+    return texts, rewards
+
+
+# --- rollout --------------------------------------------------------------------------------------
+class KVLayer(DynamicLayer):
+    """One layer's keys and values, written in place; room is made for 64 positions at a time."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
+        new = torch.stack([key_states.to(value_states.dtype), value_states])
+        if not self.is_initialized:
+            self.lazy_initialization(new[0], new[1])
+            self.room = new[:, :, :, :0]
+        start, end = self.get_seq_length(), self.get_seq_length() + new.shape[3]
+        if end > self.room.shape[3]:
+            more = end - self.room.shape[3] + 64
+            self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
+        self.room[:, :, :, start:end] = new
+        self.keys, self.values = self.room[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = self.room[:, indices]
+        self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
+
+
+def pad_left(prompts, device):
+    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+    return ids.clamp(min=0), (ids >= 0).long()
+
+
+def choose(logits, temperature, noise):
+    """The next tokens (n,), drawn from the full softmax by the inverse of its running sum."""
+    # In float64, because a running sum of 151,936 float32 terms loses the tail.
+    running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
+    token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN: the gradient will tell
+
+
+@torch.no_grad()
+def decode(model, prompts, owner, noise, temperature):
+    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    device, (n, length) = model.device, noise.shape
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
+    prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    cache = Cache(layer_class_to_replicate=KVLayer)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
+    cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
+    logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
+    attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
+    completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
+    rows = torch.arange(n, device=device)  # those still in the batch
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    for t in range(length):
+        token = choose(logits, temperature, noise[rows, t])
+        completion_ids[rows, t] = token
+        finished = finished | torch.isin(token, eos_ids)
+        if finished.all() or t == length - 1:
+            break
+        if finished.float().mean() >= 0.25:  # dropping rows copies the cache: not for a few
+            kept = (~finished).nonzero().squeeze(1)
+            rows, token, finished = rows[kept], token[kept], finished[kept]
+            position, attention = position[kept], attention[kept]
+            cache.batch_select_indices(kept)
+        position = position + 1
+        seen = attention[:, : prompt_ids.shape[1] + t + 1]
+        out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
+        logits = out.logits[:, -1]
+    # Up to and with the first EOS, by position: the padding may be the EOS token too.
+    is_eos = torch.isin(completion_ids, eos_ids).long()
+    mask = is_eos.cumsum(1) - is_eos == 0
+    return completion_ids * mask, mask, ~is_eos.bool().any(1)
+
+
+def rollout(model, prompts, group, rng, args):
+    """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
+    model.eval()
+    owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
+    parts = []
+    with autocast(model):
+        for part in tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2):
+            noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
+            own = prompts[part[0] : part[-1] + 1]
+            parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+# --- scoring --------------------------------------------------------------------------------------
+def autocast(model):
+    """fp32 weights compute in bf16 on a GPU, in fp32 on a CPU."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+def score(model, prompts, completion_ids, mask):
+    """The logits that each completion token was drawn from, (n, T, V)."""
+    prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
+    attention = torch.cat([prompt_mask, mask.long()], dim=1)  # (n, P + T)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    # The one shift: the logits at a position are about the token after it.
+    first = prompt_ids.shape[1] - 1
+    before = torch.arange(first, first + mask.shape[1], device=model.device)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    options = {"use_cache": False, "logits_to_keep": before}
+    with autocast(model):
+        return model(ids, attention_mask=attention, position_ids=position, **options).logits
+
+
+def micro_batches(rows, prompts, completion_ids, mask, args):
+    """--micro-batch rows at a time, sorted by length so that little is padded."""
+    lengths = mask.sum(1)
+    order = rows[lengths[rows].argsort(stable=True)]
+    for part in tqdm(order.split(args.micro_batch), "score", leave=False, delay=2):
+        longest = int(lengths[part].max())
+        own = [prompts[i] for i in part]
+        yield part, own, completion_ids[part, :longest], mask[part, :longest]
+
+
+# --- weights --------------------------------------------------------------------------------------
+def pass_rates(student, tokenizer, problems, rng, args):
+    """The share of right answers among --pass-rollouts of the student's own, for each problem."""
+    rates, n = [], args.prompts_per_step  # so many at once, because the pool may be large
+    for start in tqdm(range(0, len(problems), n), "pass rates", leave=False, delay=2):
+        some = problems[start : start + n]
+        prompts = [problem["ids"] for problem in some]
+        completion_ids, mask, _ = rollout(student, prompts, args.pass_rollouts, rng, args)
+        golds = [problem["answer"] for problem in some for _ in range(args.pass_rollouts)]
+        rewards = grade(tokenizer, completion_ids, mask, golds)[1]
+        rates += np.reshape(rewards, (-1, args.pass_rollouts)).mean(1).tolist()
+    return rates
+
+
+def problem_weight(pass_rate, args):
+    """How much each problem counts, (B,)."""
+    if args.weights == "uniform":
+        return np.ones_like(pass_rate)
+    if args.weights == "filter":
+        return ((pass_rate > 0.2) & (pass_rate < 0.8)).astype(float)
+    return pass_rate**args.alpha * (1 - pass_rate) ** args.beta  # Eq. 1
+
+
+def draw(kept, step, seed, n):
+    """The problems of a step: epoch after epoch of what is kept, each in an order of its own."""
+    rng, epochs = np.random.default_rng(seed), (step + 1) * n // len(kept) + 1
+    order = np.concatenate([rng.permutation(kept) for _ in range(epochs)])
+    return order[step * n : (step + 1) * n]
+
+
+# --- loss -----------------------------------------------------------------------------------------
+def direction_at(step, args):
+    first, _, second = args.schedule.partition("-")
+    now = second if second and 2 * step >= args.steps else first
+    return {"fkl": "forward", "rkl": "reverse"}[now]
+
+
+def sample(student, teacher, problems, direction, group, rng, args):
+    """The teacher's completions for the forward KL, the student's for the reverse KL."""
+    if direction == "forward":
+        return rollout(teacher, [p["teacher_ids"] for p in problems], group, rng, args)
+    return rollout(student, [p["ids"] for p in problems], group, rng, args)
+
+
+def both_logits(student, teacher, problems, ids, mask):
+    """The student's and the teacher's logits (n, T, V), each after its own prompt."""
+    with torch.no_grad():
+        theirs = score(teacher, [p["teacher_ids"] for p in problems], ids, mask)
+    return score(student, [p["ids"] for p in problems], ids, mask), theirs
+
+
+def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, direction, args):
+    """The loss of a micro-batch and its KL (n, T); n_tokens counts the whole update."""
+    logits = student_logits, teacher_logits
+    kl = softmax_kl(*logits, direction, args.temperature, mask, inplace_backward=True)  # Eq. 2
+    return (weight * kl).sum() / n_tokens, kl.detach()  # Eq. 3
+
+
+# --- validation -----------------------------------------------------------------------------------
+def validate(student, teacher, problems, args):
+    """The KL that the schedule ends with, unweighted, always with the same noise."""
+    rng, direction = np.random.default_rng([args.seed, 1]), direction_at(args.steps, args)
+    completion_ids, mask, _ = sample(student, teacher, problems, direction, 1, rng, args)
+    rows, total = torch.arange(len(problems), device=student.device), 0.0
+    student.eval()
+    with torch.no_grad():
+        for _, own, ids, keep in micro_batches(rows, problems, completion_ids, mask, args):
+            logits = both_logits(student, teacher, own, ids, keep)
+            total += float(softmax_kl(*logits, direction, args.temperature, keep).sum())
+            del logits
+    return total / int(mask.sum())
+
+
+# --- teacher --------------------------------------------------------------------------------------
+def load_teacher(student, tokenizer, args):
+    """The teacher, frozen: fp32 on a CPU, bf16 on a GPU. Both heads get the same width."""
+    theirs = AutoTokenizer.from_pretrained(args.teacher)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        fail(f"{args.teacher} and {args.student} have different vocabularies: no KL between them")
+    if theirs.chat_template != tokenizer.chat_template:
+        print("warning: teacher and student have different chat templates; the student's is used")
+    if Path(args.teacher).resolve() == Path(args.student).resolve():
+        print("teacher and student are the same model")
+    elif not (Path(args.teacher).parent / "config.json").exists():
+        print(f"{args.teacher} is no run of ours: a teacher after RL (python grpo.py) is better")
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
+    if teacher.generation_config.eos_token_id != student.generation_config.eos_token_id:
+        print("warning: teacher and student end a text with different tokens")
+    width = min(student.config.vocab_size, teacher.config.vocab_size)
+    for model, name in ((student, args.student), (teacher, args.teacher)):
+        if model.config.vocab_size > width:  # rows of padding, which no token has
+            print(f"the head of {name} is cut from {model.config.vocab_size} to {width}")
+            model.resize_token_embeddings(width)
+    return teacher.eval().requires_grad_(False)
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+def open_run(args):
+    """The directory of the run, made or reopened, and the state to go on from."""
+    out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
+    while args.out is None and out.exists():  # two runs in one second
+        out = out.with_name(out.name + "b")
+    sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
+    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
+    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
+    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    path = out / "config.json"
+    if path.exists() and args.overwrite:
+        shutil.rmtree(out)
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
+        differs += ["the code was edited"] * (old["code"] != config["code"])
+        if differs:
+            fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
+    elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
+        fail(f"{out} holds something that is no run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+    for old in out.glob("*.old"):  # killed between the two renames of save()
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    path, state = out / "checkpoint/state.json", {"step": 0, "best": None, "bytes": {}}
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else state
+    for path in out.glob("*.jsonl"):  # cut back to the checkpoint
+        with path.open("ab") as file:
+            file.truncate(state["bytes"].get(path.name, 0))
+    return out, state
+
+
+def save(path, model, tokenizer, optimizer=None, state=None):
+    """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    new, old = path.with_suffix(".new"), path.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if state is not None:
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
+        shutil.rmtree(new, ignore_errors=True)
+        fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- main -----------------------------------------------------------------------------------------
+def show(tokenizer, completion_ids, signal, name):
+    """A line for each token of one completion: its learning signal, in colour on a terminal."""
+    print(f"{name:>10}  token")
+    for token, value in zip(completion_ids.tolist(), signal.tolist(), strict=True):
+        line = f"{value:+10.3f}  {tokenizer.decode([token])!r}"
+        print(f"\033[{32 if value > 0 else 31}m{line}\033[0m" if sys.stdout.isatty() else line)
+
+
+def main(argv=None):
+    try:
+        train(*parse_arguments(argv))
+    except OSError as error:  # no such model, no such file, no room
+        fail(str(error).splitlines()[0])
+
+
+def train(args, context):
+    # Set-up: the data, the run on disk, the model.
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    if tokenizer.chat_template is None:
+        print(f"{args.student} has no chat template: the problem goes in as it is")
+    problems = load_problems(args.data, tokenizer, args, context)
+    if args.val_data is not None:
+        val_problems = load_problems(args.val_data, tokenizer, args, context)
+    else:
+        val_problems = problems[::10][:256]
+        problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
+        print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+    read_answers(problems + (val_problems if args.self else []))
+    for problem in problems + val_problems:
+        hint = args.hint.replace("{answer}", problem["answer"]) if args.self else ""
+        problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
+    out, state = (None, {"step": 0}) if args.show else open_run(args)
+    print(f"--out {out} goes on with this run" if out else "one rollout, no run")
+    print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
+    state = {"weighed": 0, "pass_rate": [0.5] * len(problems)} | state
+    first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
+    if first_step >= args.steps and (out / "final").exists():
+        return print(f"{out} is done after {first_step} steps; a larger --steps goes on")
+    # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
+    source = out / "checkpoint" if first_step else args.student
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
+    transformers.utils.logging.disable_progress_bar()  # of every later save
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    teacher = load_teacher(model, tokenizer, args)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
+    needed = (20 if first_step else 36) * model.num_parameters()
+    if out and shutil.disk_usage(out).free < needed:
+        fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
+    if first_step:
+        path = out / "checkpoint/optimizer.pt"
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    elif out:
+        state["best"] = validate(model, teacher, val_problems, args)
+        save(out / "best", model, tokenizer)
+        print(f"before the first step: {MEASURE} {state['best']:.4f}")
+
+    labels = 0 if args.weights == "uniform" and not args.self else len(problems)
+    done, name = {"initial": first_step, "total": args.steps}, Path(__file__).stem
+    for step in (bar := tqdm(range(first_step, args.steps), name, **done)):
+        began = time.monotonic()
+        # 0 weigh: at the start, and every --refresh-every steps
+        due = step == 0 or (args.refresh_every and step % args.refresh_every == 0)
+        if due and args.weights != "uniform":
+            rng = np.random.default_rng([args.seed, 3, step])
+            rates = pass_rates(model, tokenizer, problems, rng, args)
+            state |= {"weighed": step, "pass_rate": rates}
+        weights = problem_weight(np.array(state["pass_rate"]), args)  # (problems,)
+        kept = weights.nonzero()[0]
+        if len(kept) == 0 and step == 0:
+            edge = "0 or 1" if args.weights == "paced" else "below 0.2 or above 0.8"
+            fail(f"every problem is at pass rate {edge}; bring other --data or a larger K")
+        if len(kept) == 0:
+            bar.write(f"the frontier is used up: after step {step} no problem has a weight left")
+            break
+        ess = weights.sum() ** 2 / (weights**2).sum()
+        if due:
+            zeros = len(problems) - len(kept)
+            bar.write(
+                f"{zeros} of {len(problems)} problems weigh nothing, effectively {ess:.0f} do"
+            )
+
+        # 1 sample
+        chosen = draw(kept, step - state["weighed"], [args.seed, 0, state["weighed"]], n)
+        batch, rng = [problems[i] for i in chosen], np.random.default_rng([args.seed, 2, step])
+        direction = direction_at(step, args)
+        completion_ids, mask, clipped = sample(model, teacher, batch, direction, group, rng, args)
+        batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        rows = torch.arange(len(batch), device=model.device)
+        weight = torch.tensor(weights[chosen] / weights[chosen].mean(), device=model.device)
+        weight = weight.float().repeat_interleave(group)[:, None]  # (N, 1)
+
+        # 2 grade: nothing, the teacher judges every token
+        texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
+        rewards = [None] * len(texts)
+        if step == first_step:
+            bar.write(f"{batch[0]['prompt']!r} -> {texts[0]!r}")
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        fallen = 1 - (args.steps - step) / (args.lr_decay * args.steps) if args.lr_decay else 0.0
+        lr *= 1 - 0.9 * max(0.0, fallen)
+        optimizer.param_groups[0]["lr"] = lr
+        model.train()
+        kl_sum, n_tokens = 0.0, mask.sum()
+        for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
+            # 3 score
+            logits = both_logits(model, teacher, own, ids, keep)
+            # 4 loss
+            loss, kl = distil_loss(*logits, weight[part], keep, n_tokens, direction, args)
+            del logits  # else they would live on beside those of the next part
+            if args.show:
+                return show(tokenizer, ids[-1][keep[-1]], (weight[part] * kl)[-1][keep[-1]], "w KL")
+            loss.backward()
+            kl_sum += float(kl.sum())
+        # 5 update
+        norm = float(clip_grad_norm_(model.parameters(), args.grad_clip))
+        if not np.isfinite(norm):
+            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 6 log
+        tokens, seconds = int(mask.sum()), time.monotonic() - began
+        line = dict(
+            step=step + 1, reward=None, pass_rate=np.mean(state["pass_rate"]) if labels else None,
+            kl=kl_sum / tokens, entropy=None, length=tokens / len(mask),
+            clipped=np.mean(clipped.tolist()), zero_variance=None, grad_norm=norm, lr=lr,
+            tokens=tokens, labels=labels, seconds=seconds, val=None,
+            zero_weight=1 - len(kept) / len(problems), ess=ess,
+        )  # fmt: skip
+        last = step + 1 == args.steps
+        if last or (step + 1) % args.val_every == 0:
+            line["val"] = validate(model, teacher, val_problems, args)
+            bar.write(f"step {step + 1}: {MEASURE} {line['val']:.4f}")
+            if line["val"] < state["best"]:
+                state["best"] = line["val"]
+                save(out / "best", model, tokenizer)
+        some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
+        samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
+        for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
+            with (out / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
+                state["bytes"][name] = file.tell()
+        if last or (step + 1) % args.save_every == 0:
+            state["step"] = step + 1
+            save(out / "checkpoint", model, tokenizer, optimizer, state)
+        shown = ("reward", "kl", "length", "clipped", "zero_variance")
+        shown = {key: f"{line[key]:.2f}" for key in shown if line[key] is not None}
+        bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
+        if step == first_step:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+            peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
+            bar.write(f"peak memory: {peak / 1e9:.2f} GB")
+        if line["clipped"] > 0.5:
+            bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
+    save(out / "final", model, tokenizer)
+    print(f"best {MEASURE} {state['best']:.4f}: {out}/best; after the last step: {out}/final")
+
+
+if __name__ == "__main__":
+    main()
