@@ -24,6 +24,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -34,6 +35,7 @@ from pathlib import Path
 import math_verify
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -66,6 +68,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
+    # What fails on all ranks is said by rank 0, whose end ends the others; they give it the time.
+    time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -107,6 +111,30 @@ def which_k(given, n):
     if given and not 1 <= min(given) <= max(given) <= n:
         fail(f"--k {max(given)}: pass@k needs k from 1 to the number of samples, which is {n}")
     return sorted({*given} if given else {n, *(2**i for i in range(n.bit_length()))})
+
+
+# --- processes ------------------------------------------------------------------------------------
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+
+
+def start_processes(device):
+    """Under torchrun: finds the others, and leaves the talking to rank 0."""
+    if WORLD == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for what is on a CPU, nccl for what is on a GPU
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        transformers.utils.logging.disable_progress_bar()
+
+
+def gather(item):
+    """What every process holds, a list in the order of their ranks."""
+    items = [item] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -362,34 +390,47 @@ def open_run(args, model, problems):
     return out, config
 
 
+def complete(model, tokenizer, problems, part, args):
+    """A line of samples.jsonl for each (problem, index) of part."""
+    lines = []
+    drawn = (tensor.cpu() for tensor in draw(model, problems, part, args)) if part else ([], [], [])
+    for (number, index), ids, mask, clipped in zip(part, *drawn, strict=True):
+        problem = problems[number]
+        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        line = {"problem": number, "index": index, "where": problem["where"]}
+        line |= {key: problem["row"][key] for key in STRATA if key in problem["row"]}
+        line |= {"completion": text, "tokens": int(mask.sum()), "clipped": bool(clipped)}
+        lines.append(line | {"gold": problem["answer"]} | judge(problem["answer"], text))
+    return lines
+
+
 def take_samples(model, tokenizer, problems, path, args):
     """The lines of samples.jsonl: those that are there, and from there on new ones."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have cut the last line
-    lines = [line for _, line in read_rows(str(path))]
+    lines = None
+    if RANK == 0:
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have cut the last line
+        lines = [line for _, line in read_rows(str(path))]
+    lines = gather(lines)[0]
     rows = [(number, index) for number in range(len(problems)) for index in range(args.n + 1)]
-    bar, file, size = tqdm(total=len(rows), desc="eval"), path.open("a"), args.rollout_batch
+    bar, size = tqdm(total=len(rows), desc="eval", disable=RANK > 0), args.rollout_batch
     bar.update(len(lines))
     done = len(lines) if len(lines) == len(rows) else len(lines) // size * size
-    for start in range(done, len(rows), size):
+    for start in range(done, len(rows), size * WORLD):  # a batch for each process
         # A batch that a kill left half-written is drawn whole: in other company a row's logits
         # differ by a rounding error. What is there already stays.
-        part, kept = rows[start : start + size], len(lines) - start
-        drawn = (tensor.cpu() for tensor in draw(model, problems, part, args))
-        for (number, index), ids, mask, clipped in list(zip(part, *drawn, strict=True))[kept:]:
-            problem = problems[number]
-            text = tokenizer.decode(ids[mask], skip_special_tokens=True)
-            line = {"problem": number, "index": index, "where": problem["where"]}
-            line |= {key: problem["row"][key] for key in STRATA if key in problem["row"]}
-            line |= {"completion": text, "tokens": int(mask.sum()), "clipped": bool(clipped)}
-            line |= {"gold": problem["answer"]} | judge(problem["answer"], text)
-            if not lines:
-                bar.write(f"{problem['prompt']!r} -> {text!r}: {line['right']}")
-            lines.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update()
+        own = rows[start + RANK * size : start + (RANK + 1) * size]
+        drawn = gather(complete(model, tokenizer, problems, own, args))
+        new = [line for part in drawn for line in part][len(lines) - start :]
+        if not lines:
+            first = problems[0]["prompt"], new[0]["completion"]
+            bar.write("{!r} -> {!r}: {}".format(*first, new[0]["right"]))
+        lines += new
+        if RANK == 0:
+            with path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+        bar.update(len(new))
         bar.set_postfix(right=f"{np.mean([line['right'] for line in lines]):.3f}")
     return lines
 
@@ -545,9 +586,13 @@ def main(argv=None):
             evaluate(args, context)
     except (OSError, ImportError) as error:  # no such model, no such file, no room, no matplotlib
         fail(str(error).strip().splitlines()[0])
+    if WORLD > 1:
+        dist.barrier()  # nobody leaves while another still writes
+        dist.destroy_process_group()
 
 
 def evaluate(args, context):
+    start_processes(args.device)
     which_k(args.k, args.n)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
@@ -564,11 +609,12 @@ def evaluate(args, context):
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    out, config = open_run(args, model, problems)
+    out, config = gather(None if RANK else open_run(args, model, problems))[0]
     print(f"--out {out} goes on with this run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     lines = take_samples(model, tokenizer, problems, out / "samples.jsonl", args)
-    report(out, lines, args, config)
+    if RANK == 0:
+        report(out, lines, args, config)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,16 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -70,6 +75,8 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
+    # What fails on all ranks is said by rank 0, whose end ends the others; they give it the time.
+    time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -92,8 +99,6 @@ def parse_arguments(argv):
     parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
     parser.add_argument("--estimator", choices=("exact", "sampled"), default="exact")
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("several processes would write over each other's run: start it without torchrun")
     config = AutoConfig.from_pretrained(args.student)
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -106,6 +111,59 @@ def parse_arguments(argv):
         if least is not None and not least <= getattr(args, key) < float("inf"):
             fail(f"{name} must be at least {least}, not {getattr(args, key)}")
     return args, config.max_position_embeddings
+
+
+# --- processes ------------------------------------------------------------------------------------
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
+
+
+def start_processes(device):
+    """Under torchrun: finds the others, and leaves the talking to rank 0."""
+    if WORLD == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for what is on a CPU, nccl for what is on a GPU
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        transformers.utils.logging.disable_progress_bar()
+
+
+def gather(item):
+    """What every process holds, a list in the order of their ranks."""
+    items = [item] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def total(*numbers):
+    """Each number summed over the processes."""
+    return [sum(column) for column in zip(*gather(numbers), strict=True)]
+
+
+def shard(model):
+    """FSDP2: of every weight, gradient and moment each process keeps its share."""
+    if WORLD > 1:
+        on = init_device_mesh(model.device.type, (WORLD,))
+        compute = torch.bfloat16 if model.device.type == "cuda" else None
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=on, mp_policy=precision)
+
+
+@contextmanager
+def unsharded(model):
+    """All weights on every process: decoding needs no collective, and none waits for another."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+        layer.reshard()
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -237,8 +295,9 @@ def rollout(model, prompts, group, rng, args):
     model.eval()
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
     parts = []
-    with autocast(model):
-        for part in tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2):
+    bar = tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2, disable=RANK > 0)
+    with autocast(model), unsharded(model):
+        for part in bar:
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
@@ -268,11 +327,15 @@ def score(model, prompts, completion_ids, mask):
 def micro_batches(rows, prompts, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length so that little is padded."""
     lengths = mask.sum(1)
-    order = rows[lengths[rows].argsort(stable=True)]
-    for part in tqdm(order.split(args.micro_batch), "score", leave=False, delay=2):
+    parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
+    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, which then counts 0.
+    most = max(gather(len(parts)))
+    for number in tqdm(range(most), "score", leave=False, delay=2, disable=RANK > 0):
+        counts = number < len(parts)
+        part = parts[number] if counts else rows.new_zeros(1)
         longest = int(lengths[part].max())
         own = [prompts[i] for i in part]
-        yield part, own, completion_ids[part, :longest], mask[part, :longest]
+        yield part, own, completion_ids[part, :longest], mask[part, :longest] & counts
 
 
 # --- loss -----------------------------------------------------------------------------------------
@@ -297,16 +360,18 @@ def distil_loss(student_logits, teacher_logits, ids, mask, n_tokens, args):
 # --- validation -----------------------------------------------------------------------------------
 def validate(student, teacher, problems, args):
     """The reverse KL on the student's rollouts, always with the same noise."""
-    rng, prompts = np.random.default_rng([args.seed, 1]), [p["ids"] for p in problems]
+    rng = np.random.default_rng([args.seed, 1, RANK])
+    prompts = [p["ids"] for p in problems[RANK::WORLD]]
     completion_ids, mask, _ = rollout(student, prompts, 1, rng, args)
-    rows, total = torch.arange(len(prompts), device=student.device), 0.0
+    rows, kl_sum = torch.arange(len(prompts), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
         for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             logits = both_logits(student, teacher, own, ids, keep)
-            total += float(softmax_kl(*logits, "reverse", args.temperature, keep).sum())
+            kl_sum += float(softmax_kl(*logits, "reverse", args.temperature, keep).sum())
             del logits
-    return total / int(mask.sum())
+    kl, tokens = total(kl_sum, int(mask.sum()))
+    return kl / tokens
 
 
 # --- teacher --------------------------------------------------------------------------------------
@@ -372,13 +437,18 @@ def open_run(args):
 
 def save(path, model, tokenizer, optimizer=None, state=None):
     """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    weights, moments = state_dict.get_model_state_dict(model, options=WHOLE), None
+    if optimizer:
+        moments = state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if RANK:
+        return
     new, old = path.with_suffix(".new"), path.with_suffix(".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         if state is not None:
-            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            torch.save(moments, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
         shutil.rmtree(new, ignore_errors=True)
@@ -404,10 +474,14 @@ def main(argv=None):
         train(*parse_arguments(argv))
     except OSError as error:  # no such model, no such file, no room
         fail(str(error).splitlines()[0])
+    if WORLD > 1:
+        dist.barrier()  # nobody leaves while another still writes
+        dist.destroy_process_group()
 
 
 def train(args, context):
-    # Set-up: the data, the run on disk, the model.
+    # Set-up: the processes, the data, the run on disk, the model.
+    start_processes(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     if tokenizer.chat_template is None:
         print(f"{args.student} has no chat template: the problem goes in as it is")
@@ -418,7 +492,11 @@ def train(args, context):
         val_problems = problems[::10][:256]
         problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
-    out, state = (None, {"step": 0}) if args.show else open_run(args)
+    fewest = min(args.prompts_per_step, len(problems), len(val_problems))
+    if WORLD > fewest:
+        fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
+    run = (None, {"step": 0}) if args.show or RANK else open_run(args)
+    out, state = gather(run)[0]
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
@@ -433,6 +511,7 @@ def train(args, context):
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     teacher = load_teacher(model, tokenizer, args)
+    shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
@@ -440,7 +519,8 @@ def train(args, context):
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
         path = out / "checkpoint/optimizer.pt"
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state_dict.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
     elif out:
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)
@@ -450,11 +530,11 @@ def train(args, context):
     order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
 
     done, name = {"initial": first_step, "total": args.steps}, Path(__file__).stem
-    for step in (bar := tqdm(range(first_step, args.steps), name, **done)):
+    for step in (bar := tqdm(range(first_step, args.steps), name, disable=RANK > 0, **done)):
         began = time.monotonic()
         # 1 sample
-        batch = [problems[i] for i in order[step * n : (step + 1) * n]]
-        rng = np.random.default_rng([args.seed, 2, step])
+        batch = [problems[i] for i in order[step * n : (step + 1) * n][RANK::WORLD]]
+        rng = np.random.default_rng([args.seed, 2, step, RANK])
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
         prompts = [problem["ids"] for problem in batch]
@@ -470,7 +550,7 @@ def train(args, context):
         lr *= 1 - 0.9 * max(0.0, fallen)
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        kl_sum, n_tokens = 0.0, mask.sum()
+        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages over the ranks
         for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
@@ -482,18 +562,21 @@ def train(args, context):
             loss.backward()
             kl_sum += float(kl.sum())
         # 5 update
-        norm = float(clip_grad_norm_(model.parameters(), args.grad_clip))
-        if not np.isfinite(norm):
-            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+        norm = clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = float(norm.full_tensor() if WORLD > 1 else norm)
         optimizer.step()
         optimizer.zero_grad()
+        if not np.isfinite(norm):
+            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
 
         # 6 log
-        tokens, seconds = int(mask.sum()), time.monotonic() - began
+        counts = len(mask), int(mask.sum()), int(clipped.sum())
+        n_rows, tokens, cut, kl = total(*counts, kl_sum)
+        seconds = time.monotonic() - began
         line = dict(
-            step=step + 1, reward=None, pass_rate=None, kl=kl_sum / tokens, entropy=None,
-            length=tokens / len(mask), clipped=np.mean(clipped.tolist()), zero_variance=None,
-            grad_norm=norm, lr=lr, tokens=tokens, labels=0, seconds=seconds, val=None,
+            step=step + 1, length=tokens / n_rows, clipped=cut / n_rows,
+            grad_norm=norm, lr=lr, tokens=tokens, seconds=seconds, val=None,
+            reward=None, pass_rate=None, kl=kl / tokens, entropy=None, zero_variance=None, labels=0,
         )  # fmt: skip
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
@@ -504,7 +587,8 @@ def train(args, context):
                 save(out / "best", model, tokenizer)
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
-        for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
+        files = {"metrics.jsonl": [line], "samples.jsonl": samples}
+        for name, lines in files.items() if RANK == 0 else ():
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
                 state["bytes"][name] = file.tell()

@@ -28,13 +28,18 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import math_verify
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -57,7 +62,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 100, 100, 1, "batches of rollouts"),  # paper: ours
-    ("--lr", 2e-3, 1e-6, 0, "learning rate"),
+    ("--lr", 1e-3, 1e-6, 0, "learning rate"),
     ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
@@ -78,6 +83,8 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
+    # What fails on all ranks is said by rank 0, whose end ends the others; they give it the time.
+    time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -102,8 +109,6 @@ def parse_arguments(argv):
     parser.add_argument("--schedule", choices=SCHEDULES, help="[fkl-rkl, with --self rkl]")
     parser.add_argument("--self", action="store_true", help="the student before, with a --hint")
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("several processes would write over each other's run: start it without torchrun")
     if args.self and args.teacher:
         fail("--self is its own teacher: leave out --teacher")
     args.teacher = args.student if args.self else args.teacher or "tiny/teacher"
@@ -120,6 +125,59 @@ def parse_arguments(argv):
         if least is not None and not least <= getattr(args, key) < float("inf"):
             fail(f"{name} must be at least {least}, not {getattr(args, key)}")
     return args, config.max_position_embeddings
+
+
+# --- processes ------------------------------------------------------------------------------------
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
+
+
+def start_processes(device):
+    """Under torchrun: finds the others, and leaves the talking to rank 0."""
+    if WORLD == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for what is on a CPU, nccl for what is on a GPU
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        transformers.utils.logging.disable_progress_bar()
+
+
+def gather(item):
+    """What every process holds, a list in the order of their ranks."""
+    items = [item] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def total(*numbers):
+    """Each number summed over the processes."""
+    return [sum(column) for column in zip(*gather(numbers), strict=True)]
+
+
+def shard(model):
+    """FSDP2: of every weight, gradient and moment each process keeps its share."""
+    if WORLD > 1:
+        on = init_device_mesh(model.device.type, (WORLD,))
+        compute = torch.bfloat16 if model.device.type == "cuda" else None
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=on, mp_policy=precision)
+
+
+@contextmanager
+def unsharded(model):
+    """All weights on every process: decoding needs no collective, and none waits for another."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+        layer.reshard()
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -317,8 +375,9 @@ def rollout(model, prompts, group, rng, args):
     model.eval()
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
     parts = []
-    with autocast(model):
-        for part in tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2):
+    bar = tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2, disable=RANK > 0)
+    with autocast(model), unsharded(model):
+        for part in bar:
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
@@ -348,24 +407,32 @@ def score(model, prompts, completion_ids, mask):
 def micro_batches(rows, prompts, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length so that little is padded."""
     lengths = mask.sum(1)
-    order = rows[lengths[rows].argsort(stable=True)]
-    for part in tqdm(order.split(args.micro_batch), "score", leave=False, delay=2):
+    parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
+    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, which then counts 0.
+    most = max(gather(len(parts)))
+    for number in tqdm(range(most), "score", leave=False, delay=2, disable=RANK > 0):
+        counts = number < len(parts)
+        part = parts[number] if counts else rows.new_zeros(1)
         longest = int(lengths[part].max())
         own = [prompts[i] for i in part]
-        yield part, own, completion_ids[part, :longest], mask[part, :longest]
+        yield part, own, completion_ids[part, :longest], mask[part, :longest] & counts
 
 
 # --- weights --------------------------------------------------------------------------------------
 def pass_rates(student, tokenizer, problems, rng, args):
     """The share of right answers among --pass-rollouts of the student's own, for each problem."""
-    rates, n = [], args.prompts_per_step  # so many at once, because the pool may be large
-    for start in tqdm(range(0, len(problems), n), "pass rates", leave=False, delay=2):
-        some = problems[start : start + n]
-        prompts = [problem["ids"] for problem in some]
-        completion_ids, mask, _ = rollout(student, prompts, args.pass_rollouts, rng, args)
-        golds = [problem["answer"] for problem in some for _ in range(args.pass_rollouts)]
+    rates, k = [], args.pass_rollouts
+    # The pool may be large: about as many problems at once as a step has.
+    parts = np.array_split(problems, max(1, len(problems) // args.prompts_per_step))
+    for part in tqdm(parts, "pass rates", leave=False, delay=2, disable=RANK > 0):
+        own = part[RANK::WORLD]
+        completion_ids, mask, _ = rollout(student, [p["ids"] for p in own], k, rng, args)
+        golds = [p["answer"] for p in own for _ in range(k)]
         rewards = grade(tokenizer, completion_ids, mask, golds)[1]
-        rates += np.reshape(rewards, (-1, args.pass_rollouts)).mean(1).tolist()
+        rate = np.empty(len(part))
+        for rank, shares in enumerate(gather(np.reshape(rewards, (-1, k)).mean(1))):
+            rate[rank::WORLD] = shares
+        rates += rate.tolist()
     return rates
 
 
@@ -387,6 +454,7 @@ def draw(kept, step, seed, n):
 
 # --- loss -----------------------------------------------------------------------------------------
 def direction_at(step, args):
+    """The direction of the KL, which turns at half of --steps if the schedule has two."""
     first, _, second = args.schedule.partition("-")
     now = second if second and 2 * step >= args.steps else first
     return {"fkl": "forward", "rkl": "reverse"}[now]
@@ -416,16 +484,18 @@ def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, directio
 # --- validation -----------------------------------------------------------------------------------
 def validate(student, teacher, problems, args):
     """The KL that the schedule ends with, unweighted, always with the same noise."""
-    rng, direction = np.random.default_rng([args.seed, 1]), direction_at(args.steps, args)
+    rng, direction = np.random.default_rng([args.seed, 1, RANK]), direction_at(args.steps, args)
+    problems = problems[RANK::WORLD]
     completion_ids, mask, _ = sample(student, teacher, problems, direction, 1, rng, args)
-    rows, total = torch.arange(len(problems), device=student.device), 0.0
+    rows, kl_sum = torch.arange(len(problems), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
         for _, own, ids, keep in micro_batches(rows, problems, completion_ids, mask, args):
             logits = both_logits(student, teacher, own, ids, keep)
-            total += float(softmax_kl(*logits, direction, args.temperature, keep).sum())
+            kl_sum += float(softmax_kl(*logits, direction, args.temperature, keep).sum())
             del logits
-    return total / int(mask.sum())
+    kl, tokens = total(kl_sum, int(mask.sum()))
+    return kl / tokens
 
 
 # --- teacher --------------------------------------------------------------------------------------
@@ -491,13 +561,18 @@ def open_run(args):
 
 def save(path, model, tokenizer, optimizer=None, state=None):
     """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    weights, moments = state_dict.get_model_state_dict(model, options=WHOLE), None
+    if optimizer:
+        moments = state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if RANK:
+        return
     new, old = path.with_suffix(".new"), path.with_suffix(".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         if state is not None:
-            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            torch.save(moments, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
         shutil.rmtree(new, ignore_errors=True)
@@ -523,10 +598,14 @@ def main(argv=None):
         train(*parse_arguments(argv))
     except OSError as error:  # no such model, no such file, no room
         fail(str(error).splitlines()[0])
+    if WORLD > 1:
+        dist.barrier()  # nobody leaves while another still writes
+        dist.destroy_process_group()
 
 
 def train(args, context):
-    # Set-up: the data, the run on disk, the model.
+    # Set-up: the processes, the data, the run on disk, the model.
+    start_processes(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     if tokenizer.chat_template is None:
         print(f"{args.student} has no chat template: the problem goes in as it is")
@@ -537,11 +616,18 @@ def train(args, context):
         val_problems = problems[::10][:256]
         problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
-    read_answers(problems + (val_problems if args.self else []))
+    labels = len(problems) if args.self or args.weights != "uniform" else 0
+    read_answers((problems if labels else []) + (val_problems if args.self else []))
     for problem in problems + val_problems:
         hint = args.hint.replace("{answer}", problem["answer"]) if args.self else ""
         problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
-    out, state = (None, {"step": 0}) if args.show else open_run(args)
+        if len(problem["teacher_ids"]) + args.max_new_tokens > context:
+            fail(f"{problem['where']}: with its hint too long for a context of {context}")
+    fewest = min(args.prompts_per_step, len(problems), len(val_problems))
+    if WORLD > fewest:
+        fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
+    run = (None, {"step": 0}) if args.show or RANK else open_run(args)
+    out, state = gather(run)[0]
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     state = {"weighed": 0, "pass_rate": [0.5] * len(problems)} | state
@@ -557,6 +643,7 @@ def train(args, context):
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     teacher = load_teacher(model, tokenizer, args)
+    shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
@@ -564,27 +651,27 @@ def train(args, context):
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
         path = out / "checkpoint/optimizer.pt"
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state_dict.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
     elif out:
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)
         print(f"before the first step: {MEASURE} {state['best']:.4f}")
 
-    labels = 0 if args.weights == "uniform" and not args.self else len(problems)
     done, name = {"initial": first_step, "total": args.steps}, Path(__file__).stem
-    for step in (bar := tqdm(range(first_step, args.steps), name, **done)):
+    for step in (bar := tqdm(range(first_step, args.steps), name, disable=RANK > 0, **done)):
         began = time.monotonic()
         # 0 weigh: at the start, and every --refresh-every steps
-        due = step == 0 or (args.refresh_every and step % args.refresh_every == 0)
-        if due and args.weights != "uniform":
-            rng = np.random.default_rng([args.seed, 3, step])
+        due = args.weights != "uniform" and step % (args.refresh_every or args.steps) == 0
+        if due:
+            rng = np.random.default_rng([args.seed, 3, step, RANK])
             rates = pass_rates(model, tokenizer, problems, rng, args)
             state |= {"weighed": step, "pass_rate": rates}
         weights = problem_weight(np.array(state["pass_rate"]), args)  # (problems,)
         kept = weights.nonzero()[0]
         if len(kept) == 0 and step == 0:
-            edge = "0 or 1" if args.weights == "paced" else "below 0.2 or above 0.8"
-            fail(f"every problem is at pass rate {edge}; bring other --data or a larger K")
+            edge = "every problem is at pass rate 0 or 1 (filter: none is between 0.2 and 0.8)"
+            fail(f"{edge}; --overwrite this run with other --data or a larger --pass-rollouts")
         if len(kept) == 0:
             bar.write(f"the frontier is used up: after step {step} no problem has a weight left")
             break
@@ -592,18 +679,18 @@ def train(args, context):
         if due:
             zeros = len(problems) - len(kept)
             bar.write(
-                f"{zeros} of {len(problems)} problems weigh nothing, effectively {ess:.0f} do"
+                f"{zeros} of {len(problems)} problems have weight 0; effectively {ess:.0f} count"
             )
 
-        # 1 sample
+        # 1 sample; [seed, 0, 0] draws what opd.py's [seed, 0] does
         chosen = draw(kept, step - state["weighed"], [args.seed, 0, state["weighed"]], n)
-        batch, rng = [problems[i] for i in chosen], np.random.default_rng([args.seed, 2, step])
-        direction = direction_at(step, args)
+        weight = (weights[chosen] / weights[chosen].mean())[RANK::WORLD].repeat(group)
+        weight = torch.tensor(weight, dtype=torch.float32, device=model.device)[:, None]  # (N, 1)
+        batch = [problems[i] for i in chosen[RANK::WORLD]]
+        rng, direction = np.random.default_rng([args.seed, 2, step, RANK]), direction_at(step, args)
         completion_ids, mask, clipped = sample(model, teacher, batch, direction, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
         rows = torch.arange(len(batch), device=model.device)
-        weight = torch.tensor(weights[chosen] / weights[chosen].mean(), device=model.device)
-        weight = weight.float().repeat_interleave(group)[:, None]  # (N, 1)
 
         # 2 grade: nothing, the teacher judges every token
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
@@ -615,7 +702,7 @@ def train(args, context):
         lr *= 1 - 0.9 * max(0.0, fallen)
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        kl_sum, n_tokens = 0.0, mask.sum()
+        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages over the ranks
         for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
@@ -627,20 +714,23 @@ def train(args, context):
             loss.backward()
             kl_sum += float(kl.sum())
         # 5 update
-        norm = float(clip_grad_norm_(model.parameters(), args.grad_clip))
-        if not np.isfinite(norm):
-            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+        norm = clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = float(norm.full_tensor() if WORLD > 1 else norm)
         optimizer.step()
         optimizer.zero_grad()
+        if not np.isfinite(norm):
+            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
 
         # 6 log
-        tokens, seconds = int(mask.sum()), time.monotonic() - began
+        counts = len(mask), int(mask.sum()), int(clipped.sum())
+        n_rows, tokens, cut, kl = total(*counts, kl_sum)
+        seconds = time.monotonic() - began
         line = dict(
-            step=step + 1, reward=None, pass_rate=np.mean(state["pass_rate"]) if labels else None,
-            kl=kl_sum / tokens, entropy=None, length=tokens / len(mask),
-            clipped=np.mean(clipped.tolist()), zero_variance=None, grad_norm=norm, lr=lr,
-            tokens=tokens, labels=labels, seconds=seconds, val=None,
-            zero_weight=1 - len(kept) / len(problems), ess=ess,
+            step=step + 1, length=tokens / n_rows, clipped=cut / n_rows,
+            grad_norm=norm, lr=lr, tokens=tokens, seconds=seconds, val=None,
+            reward=None, kl=kl / tokens, entropy=None, zero_variance=None, labels=labels,
+            pass_rate=np.mean(state["pass_rate"]) if args.weights != "uniform" else None,
+            zero_weight=len(problems) - len(kept), ess=ess,
         )  # fmt: skip
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
@@ -651,7 +741,8 @@ def train(args, context):
                 save(out / "best", model, tokenizer)
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
-        for name, lines in ("metrics.jsonl", [line]), ("samples.jsonl", samples):
+        files = {"metrics.jsonl": [line], "samples.jsonl": samples}
+        for name, lines in files.items() if RANK == 0 else ():
             with (out / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
                 state["bytes"][name] = file.tell()

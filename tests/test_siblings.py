@@ -82,7 +82,16 @@ def test_siblings_differ_in_few_lines(pair):
 def test_eval_math_grades_and_decodes_as_grpo_does():
     one, other = functions("grpo.py"), functions("eval_math.py")
     grading = {"last_boxed", "parse_answer", "read_answers", "same_answer"}
-    for name in grading | {"fail", "render", "load_problems", "KVLayer", "pad_left", "decode"}:
+    for name in grading | {
+        "fail",
+        "start_processes",
+        "gather",
+        "render",
+        "load_problems",
+        "KVLayer",
+        "pad_left",
+        "decode",
+    }:
         assert one[name] == other[name], f"{name}() differs"
     constants = [
         sections(name)["grading"].partition("def last_boxed")[0]

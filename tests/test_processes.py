@@ -1,0 +1,236 @@
+"""Two gloo processes do what one does: gradients, metrics, checkpoints; and what ends them.
+
+Run by torchrun this file is a worker: it runs a script on rollouts that follow from the prompt
+alone, so that any number of processes learns from the same texts, and keeps the gradients.
+"""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["grpo", "fkl_warmup", "opd", "paced"]
+RANK = int(os.environ.get("RANK", 0))
+# Five prompts on two processes, three and two, in parts of two rows: uneven everywhere.
+SMALL = "--prompts-per-step 5 --samples-per-prompt 2 --micro-batch 2 --max-new-tokens 16 --lr 1e-5"
+SMALL += " --val-every 2 --save-every 2 --device cpu"
+MORE = {"paced": ["--schedule", "rkl-fkl", "--refresh-every", "2"], "opd": [], "fkl_warmup": []}
+
+
+def fixed_rollout(model, prompts, group, rng, args):
+    """Completions of mixed lengths that follow from the prompt."""
+    rows = []
+    for prompt in prompts:
+        for g in range(group):
+            draw = np.random.default_rng([*prompt, g])
+            row = torch.tensor(draw.integers(4, 20, size=draw.integers(2, 16)))
+            rows.append(torch.cat([torch.tensor([4 + g % 2]), row]))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1)
+    return ids.clamp(min=0), ids >= 0, (ids >= 0).sum(1) > 12
+
+
+def fixed_grade(tokenizer, completion_ids, mask, golds):
+    """One right, one wrong in every group."""
+    rewards = [float(row[0] % 2) for row in completion_ids]
+    return [tokenizer.decode(ids[keep]) for ids, keep in zip(completion_ids, mask)], rewards  # noqa: B905
+
+
+def run_fixed(name, arguments, gradients, fault=""):
+    """A script's main on fixed rollouts; the whole gradient of every update into a file."""
+    script, found = importlib.import_module(name), []
+    clip, calls = script.clip_grad_norm_, []
+
+    def spy(parameters, norm):
+        parameters = list(parameters)
+        whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in parameters]
+        found.append(torch.cat([grad.flatten().clone() for grad in whole]))
+        return clip(parameters, norm)
+
+    def rollout(*args):
+        calls.append(1)
+        if fault == "killed" and RANK == 1 and len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fixed_rollout(*args)
+
+    originals = {key: getattr(script, key, None) for key in ("rollout", "grade", "clip_grad_norm_")}
+    script.rollout, script.grade, script.clip_grad_norm_ = rollout, fixed_grade, spy
+    if fault == "no data" and RANK == 1:
+        arguments = [*arguments, "--data", "gone.jsonl"]
+    try:
+        script.main(arguments)
+    finally:
+        for key, original in originals.items():
+            setattr(script, key, original)
+    if RANK == 0:
+        torch.save(found, gradients)
+
+
+def arguments_of(name, out, steps=3):
+    models = ["--model", "tiny/student"] if name == "grpo" else ["--student", "tiny/student"]
+    models += [] if name == "grpo" else ["--teacher", "tiny/teacher"]
+    data = ["--data", "tiny/train.jsonl", "--val-data", str(out.parent / "val.jsonl")]
+    return [
+        *models,
+        *data,
+        *SMALL.split(),
+        *MORE.get(name, []),
+        "--steps",
+        str(steps),
+        "--out",
+        str(out),
+    ]
+
+
+def torchrun(name, arguments, gradients, fault="", timeout=120):
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command += [__file__, name, str(gradients), fault, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def lines_of(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def close(one, other, relative):
+    """The same keys and nulls, and numbers that differ by a rounding error."""
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for a, b in zip(one, other, strict=True):
+        for key in a:
+            assert a[key] == (b[key] if a[key] is None else pytest.approx(b[key], rel=relative)), (
+                key
+            )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{script: (directory of one process, of two, gradients of one, of two)}"""
+    folder, made = tmp_path_factory.mktemp("processes"), {}
+    lines = (ROOT / "tiny/val.jsonl").read_text().splitlines(keepends=True)
+    (folder / "val.jsonl").write_text("".join(lines[:7]))
+    old = os.getcwd()
+    os.chdir(ROOT)
+    for name in SCRIPTS:
+        paths = [folder / f"{name}-{n}" for n in (1, 2)]
+        run_fixed(name, arguments_of(name, paths[0]), folder / f"{name}-1.pt")
+        done = torchrun(name, arguments_of(name, paths[1]), folder / f"{name}-2.pt")
+        assert done.returncode == 0, done.stderr
+        gradients = [torch.load(folder / f"{name}-{n}.pt", weights_only=True) for n in (1, 2)]
+        made[name] = (*paths, *gradients, done)
+    yield made
+    os.chdir(old)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_have_the_gradient_of_one(name, runs):
+    one, two = runs[name][2:4]
+    assert len(one) == len(two) == 3
+    for step, (a, b) in enumerate(zip(one, two, strict=True)):
+        # Later steps start from weights that have gone through Adam, which divides small by small.
+        assert float((a - b).norm() / a.norm()) < (1e-5 if step == 0 else 1e-3), step
+    assert float(one[0].norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_log_the_metrics_of_one(name, runs):
+    close(*(lines_of(path / "metrics.jsonl") for path in runs[name][:2]), 1e-3)
+    if name == "fkl_warmup":
+        texts = [
+            sorted(line["completion"] for line in lines_of(path / "rollouts.jsonl"))
+            for path in runs[name][:2]
+        ]
+        assert texts[0] == texts[1] and len(texts[0]) == 30
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rank_0_writes_one_ordinary_model_and_talks_alone(name, runs):
+    one, two, _, _, done = runs[name]
+    for folder in ("best", "final", "checkpoint"):
+        models = [AutoModelForCausalLM.from_pretrained(path / folder) for path in (one, two)]
+        assert type(models[0]) is type(models[1])
+        states = [model.state_dict() for model in models]
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            assert torch.allclose(states[0][key], states[1][key], atol=1e-4), key
+        assert [p.name for p in sorted((one / folder).iterdir())] == [
+            p.name for p in sorted((two / folder).iterdir())
+        ]
+    assert done.stdout.count("settings:") == 1 and done.stderr.count("3/3") > 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "paced"])
+def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(name, runs, tmp_path):
+    (tmp_path / "val.jsonl").write_bytes((runs[name][0].parent / "val.jsonl").read_bytes())
+    run_fixed(name, arguments_of(name, tmp_path / "whole", 4), tmp_path / "whole.pt")
+    for first in (1, 2):
+        out = tmp_path / f"{first}"
+        if first == 1:
+            run_fixed(name, arguments_of(name, out, 2), tmp_path / "a.pt")
+            done = torchrun(name, arguments_of(name, out, 4), tmp_path / "b.pt")
+        else:
+            done = torchrun(name, arguments_of(name, out, 2), tmp_path / "a.pt")
+            run_fixed(name, arguments_of(name, out, 4), tmp_path / "b.pt")
+        assert done.returncode == 0, done.stderr
+        assert len(torch.load(tmp_path / "b.pt", weights_only=True)) == 2
+        # paced.py's schedule turns at half of the steps: 4 here, as in the whole run, from step 2.
+        close(*(lines_of(p / "metrics.jsonl")[2:] for p in (out, tmp_path / "whole")), 1e-3)
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(runs, tmp_path):
+    (tmp_path / "val.jsonl").write_bytes((runs["opd"][0].parent / "val.jsonl").read_bytes())
+    arguments, began = arguments_of("opd", tmp_path / "run", 9), time.monotonic()
+    done = torchrun("opd", arguments, tmp_path / "a.pt", "killed")
+    assert time.monotonic() - began < 60 and done.returncode != 0
+    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert not (tmp_path / "run/final").exists()
+    done = torchrun("opd", arguments, tmp_path / "b.pt")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [*range(1, 10)]
+    assert len(torch.load(tmp_path / "b.pt", weights_only=True)) == 7  # from step 2 on
+
+
+def told(done):
+    """The lines of stderr that a script, not torchrun, has written."""
+    return [line for line in done.stderr.splitlines() if re.match(r"(grpo|eval_math)\.py:", line)]
+
+
+def test_what_ends_a_job_is_one_line(runs, tmp_path):
+    (tmp_path / "val.jsonl").write_bytes((runs["grpo"][0].parent / "val.jsonl").read_bytes())
+    arguments = arguments_of("grpo", tmp_path / "run")
+    done = torchrun("grpo", [*arguments, "--prompts-per-step", "1"], tmp_path / "a.pt")
+    assert len(told(done)) == 1 and "--prompts-per-step" in told(done)[0]
+    done = torchrun("grpo", arguments, tmp_path / "a.pt", "no data")
+    assert len(told(done)) == 1 and "gone.jsonl" in told(done)[0]
+    assert done.returncode != 0 and not (tmp_path / "run/best").exists()
+
+
+def test_two_processes_evaluate_to_the_same_bytes(runs, tmp_path):
+    import eval_math
+
+    data = str(runs["grpo"][0].parent / "val.jsonl")
+    arguments = ["--data", data, "--n", "2", "--rollout-batch", "4", "--device", "cpu"]
+    eval_math.main([*arguments, "--out", str(tmp_path / "1")])
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command += ["--", "eval_math.py", *arguments, "--out", str(tmp_path / "2")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for name in ("samples.jsonl", "results.json", "config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+if __name__ == "__main__":
+    name, gradients, fault, *arguments = sys.argv[1:]
+    run_fixed(name, arguments, gradients, fault)
