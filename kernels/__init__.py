@@ -1,20 +1,25 @@
 """The fused softmax-KL and the token log-probability, forward and backward: what scripts import.
 
 reference.py defines both in plain torch and serves the CPU; softmax_kl.py and logprob.py are the
-Triton kernels and serve CUDA. What the two share is here: the checks and the ties to autograd.
+Triton kernels and serve CUDA. What the two share is here: the checks and the tie to autograd.
 """
 
-import importlib
 import os
-import sys
-import types
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from kernels import reference
 
+# Early, since importing softmax_kl.py binds its name here, which the function below takes over.
+try:
+    from kernels import logprob as triton_logprob
+    from kernels import softmax_kl as triton_kl
+except ImportError:  # no Triton, as on macOS
+    triton_logprob = triton_kl = reference
+
 __all__ = ["softmax_kl", "token_logprob"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; Triton read it just now, too
 
 
 def softmax_kl(
@@ -34,13 +39,14 @@ def softmax_kl(
         require(tensor.is_floating_point(), f"{name} are {tensor.dtype}, not floats", logits)
     require(not teacher_logits.requires_grad, "teacher_logits require grad, use no_grad()", logits)
     require(direction in ("forward", "reverse"), f"direction is {direction!r}", logits)
-    mask = student_logits.new_ones(tokens, dtype=torch.bool) if mask is None else mask
+    mask = student_logits.new_ones(tokens, dtype=torch.bool) if mask is None else mask.bool()
     require(mask.shape == tokens, "mask is not one per token", logits | {"mask": mask})
-    p, q = as_rows(student_logits), as_rows(teacher_logits)
-    if direction == "forward":
-        p, q = q, p
-    mask, of_p = mask.reshape(-1) != 0, direction == "reverse"
-    return SoftmaxKL.apply(p, q, mask, of_p, temperature, inplace_backward).view(tokens)
+    module = triton_kl if student_logits.is_cuda or INTERPRETED else reference
+    rows = as_rows(student_logits), as_rows(teacher_logits), mask.reshape(-1)
+    settings = inplace_backward, direction, temperature
+    (kl,) = Fused.apply(module.kl_forward, module.kl_backward, 1, settings, *rows)
+    # The same number; but where it is masked or infinite, no gradient goes back.
+    return kl.where(rows[2] & (kl != torch.inf), kl.detach()).view(tokens)
 
 
 def token_logprob(logits, ids, temperature=1.0, inplace_backward=False):
@@ -57,59 +63,35 @@ def token_logprob(logits, ids, temperature=1.0, inplace_backward=False):
         torch._assert_async(known, "ids are not all in [0, V)")
     else:
         require(known, "ids are not all in [0, V)", shapes)
-    rows = as_rows(logits), ids.reshape(-1).long()
-    logp, entropy = TokenLogprob.apply(*rows, temperature, inplace_backward)
-    return logp.view(ids.shape), entropy.view(ids.shape)
+    module = triton_logprob if logits.is_cuda or INTERPRETED else reference
+    rows, settings = (as_rows(logits), ids.reshape(-1).long()), (inplace_backward, temperature)
+    outputs = Fused.apply(module.logprob_forward, module.logprob_backward, 2, settings, *rows)
+    return tuple(output.view(ids.shape) for output in outputs)
 
 
-class SoftmaxKL(torch.autograd.Function):
-    """KL(p‖q) of rows of logits; the student is p (of_p, the reverse KL) or q (the forward KL)."""
-
-    @staticmethod
-    def forward(ctx, p, q, mask, of_p, temperature, inplace):
-        kl, lse = implementation("softmax_kl", p).kl_forward(p, q, mask, temperature)
-        ctx.save_for_backward(p, q, mask, kl, lse)
-        ctx.settings = of_p, temperature, inplace
-        return kl
+class Fused(torch.autograd.Function):
+    """Ties a forward and a backward to autograd; the first of the rows is what gets a gradient."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl):
-        p, q, mask, kl, lse = ctx.saved_tensors
-        of_p, temperature, inplace = ctx.settings
-        grad = gradient_buffer(p if of_p else q, inplace)
-        # A row of scale 0 is not read, and its gradient is 0.
-        scale = grad_kl.where(mask & (kl != torch.inf), 0) / temperature
-        backward = implementation("softmax_kl", p).kl_backward
-        backward(grad, scale, p, q, kl, lse, temperature, of_p)
-        return grad if of_p else None, None if of_p else grad, None, None, None, None
-
-
-class TokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, ids, temperature, inplace):
-        forward = implementation("logprob", logits).logprob_forward
-        logp, entropy, lse = forward(logits, ids, temperature)
-        ctx.save_for_backward(logits, ids, entropy, lse)
-        ctx.settings = temperature, inplace
-        return logp, entropy
+    def forward(ctx, forward, backward, count, settings, *rows):
+        dtype = torch.promote_types(rows[0].dtype, torch.float32)  # float64 stays float64
+        outputs = tuple(rows[0].new_zeros(len(rows[0]), dtype=dtype) for _ in range(count))
+        lse = rows[0].new_empty(len(rows[0]), 4, dtype=dtype)
+        with torch.cuda.device_of(rows[0]):  # Triton launches on the current; a backward sets it
+            forward(*outputs, lse, *rows, *settings[1:])
+        ctx.save_for_backward(*rows, *outputs, lse)
+        ctx.function, ctx.settings = backward, settings
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        logits, ids, entropy, lse = ctx.saved_tensors
-        temperature, inplace = ctx.settings
-        grad = gradient_buffer(logits, inplace)
-        scales = grad_logp / temperature, grad_entropy / temperature
-        backward = implementation("logprob", logits).logprob_backward
-        backward(grad, *scales, logits, ids, entropy, lse, temperature)
-        return grad, None, None, None
-
-
-def gradient_buffer(logits, inplace):
-    if inplace:  # autograd does not see Triton write: the new version makes it refuse these logits
-        torch.autograd.graph.increment_version(logits)
-    return logits.detach() if inplace else torch.empty_like(logits)
+    def backward(ctx, *grads):
+        saved, (inplace, *settings) = ctx.saved_tensors, ctx.settings
+        if inplace:  # autograd does not see Triton write: now it refuses what needs the logits
+            torch.autograd.graph.increment_version(saved[0])
+        grad = saved[0].detach() if inplace else torch.empty_like(saved[0])
+        ctx.function(grad, *(g / settings[-1] for g in grads), *saved, *settings)
+        return None, None, None, None, grad, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 def as_rows(logits):
@@ -122,21 +104,3 @@ def require(fine, problem, tensors):
     if not fine:
         shapes = ", ".join(f"{name} {[*tensor.shape]}" for name, tensor in tensors.items())
         raise ValueError(f"{problem}: {shapes}")
-
-
-def implementation(name, logits):
-    """Triton on CUDA, or interpreted, for tests; imported at first use, since it may be absent."""
-    if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return importlib.import_module(f"kernels.{name}")
-    return reference
-
-
-class Package(types.ModuleType):
-    """Keeps kernels.softmax_kl the function, where importing softmax_kl.py would put the module."""
-
-    def __setattr__(self, name, value):
-        if not (name == "softmax_kl" and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = Package

@@ -3,39 +3,26 @@
 reference.py defines what they compute and has the mathematics; base 2 as in softmax_kl.py.
 """
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # logits that a program works on at once
-LN2 = tl.constexpr(math.log(2))
+from kernels.softmax_kl import BLOCK, LN2, LOG2E
 
 
-def logprob_forward(logits, ids, temperature):
-    logp, entropy = torch.empty(2, len(ids), dtype=torch.float32, device=logits.device)
-    lse = torch.empty(len(ids), 2, dtype=torch.float32, device=logits.device)
-    beta = math.log2(math.e) / temperature
-    with torch.cuda.device_of(logits):
-        forward_kernel[(len(ids),)](
-            logits, ids, logp, entropy, lse, logits.shape[1], logits.stride(0), beta,
-            BLOCK, num_warps=16
-        )  # fmt: skip
-    return logp, entropy, lse
+def logprob_forward(logp, entropy, lse, logits, ids, temperature):
+    settings = logits.shape[1], logits.stride(0), LOG2E / temperature, BLOCK
+    forward_kernel[(len(ids),)](logp, entropy, lse, logits, ids, *settings, num_warps=16)
 
 
-def logprob_backward(grad, logp_scale, entropy_scale, logits, ids, entropy, lse, temperature):
-    beta = math.log2(math.e) / temperature
-    backward_kernel[(len(ids),)](
-        grad, logp_scale, entropy_scale, logits, ids, entropy, lse, logits.shape[1],
-        grad.stride(0), logits.stride(0), beta, BLOCK, num_warps=16
-    )  # fmt: skip
+def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, temperature):
+    settings = logits.shape[1], grad.stride(0), logits.stride(0), LOG2E / temperature, BLOCK
+    tensors = grad, g_logp, g_entropy, logits, ids, entropy, lse
+    backward_kernel[(len(ids),)](*tensors, *settings, num_warps=16)
 
 
 @triton.jit
 def forward_kernel(
-    z_ptr, ids_ptr, logp_ptr, entropy_ptr, lse_ptr, V, stride, beta, BLOCK: tl.constexpr
+    logp_ptr, entropy_ptr, lse_ptr, z_ptr, ids_ptr, V, stride, beta, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
     z_max = -1e30  # not −inf: −inf − (−inf) is no number
@@ -53,25 +40,31 @@ def forward_kernel(
     z_id = tl.load(z_ptr + row * stride + tl.load(ids_ptr + row)).to(tl.float32)
     tl.store(logp_ptr + row, ((z_id - z_max) * beta - tl.log2(total)) * LN2)
     tl.store(entropy_ptr + row, (tl.log2(total) - tl.sum(x_sum, 0) / total) * LN2)
-    tl.store(lse_ptr + 2 * row, z_max)  # in two parts, as in softmax_kl.py
-    tl.store(lse_ptr + 2 * row + 1, tl.log2(total))
+    tl.store(lse_ptr + 4 * row, z_max)  # in two parts, as in softmax_kl.py
+    tl.store(lse_ptr + 4 * row + 1, tl.log2(total))
 
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, logp_scale_ptr, entropy_scale_ptr, z_ptr, ids_ptr, entropy_ptr, lse_ptr, V,
+    grad_ptr, g_logp_ptr, g_entropy_ptr, z_ptr, ids_ptr, entropy_ptr, lse_ptr, V,
     grad_stride, stride, beta, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    g_logp, g_entropy = tl.load(logp_scale_ptr + row), tl.load(entropy_scale_ptr + row)
+    g_logp, g_entropy = tl.load(g_logp_ptr + row), tl.load(g_entropy_ptr + row)
     token, entropy = tl.load(ids_ptr + row), tl.load(entropy_ptr + row)
-    z_max, log_sum = tl.load(lse_ptr + 2 * row), tl.load(lse_ptr + 2 * row + 1)
+    z_max, log_sum = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
     end = tl.where((g_logp == 0) & (g_entropy == 0), 0, V)  # such a row is not read
+    top = tl.full([BLOCK], V, tl.int32)  # as in softmax_kl.py
+    rest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * stride + v, mask=v < end, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
         log_p = (z - z_max) * beta - log_sum
         p = tl.exp2(log_p)
+        is_top = p > 0.75
         dz = tl.where(p == 0, 0.0, p * (-g_logp - g_entropy * (log_p * LN2 + entropy)))
-        dz += tl.where(v == token, g_logp, 0.0)
-        tl.store(grad_ptr + row * grad_stride + v, tl.where(end == 0, 0.0, dz), mask=v < V)
+        dz = tl.where(end == 0, 0.0, dz + tl.where(v == token, g_logp, 0.0))
+        tl.store(grad_ptr + row * grad_stride + v, dz, mask=(v < V) & ~is_top)
+        top = tl.where(is_top, v, top)
+        rest += tl.where(is_top, 0.0, dz)
+    tl.store(grad_ptr + row * grad_stride + top, -tl.sum(rest, 0), mask=top < V)

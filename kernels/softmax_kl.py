@@ -7,40 +7,32 @@ enough for the forward to wait for arithmetic and not for memory.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
 BLOCK = 4096  # logits of p, and of q, that a program works on at once
-LN2 = tl.constexpr(math.log(2))
+LOG2E, LN2 = math.log2(math.e), tl.constexpr(math.log(2))
 
 
-def kl_forward(p, q, mask, temperature):
-    kl = torch.empty(mask.shape, dtype=torch.float32, device=p.device)
-    lse = torch.empty(len(mask), 4, dtype=torch.float32, device=p.device)
-    beta = math.log2(math.e) / temperature
-    with torch.cuda.device_of(p):  # Triton launches on the current device; a backward sets it
-        forward_kernel[(len(mask),)](
-            p, q, mask, kl, lse, p.shape[1], p.stride(0), q.stride(0), beta, BLOCK, num_warps=16
-        )  # fmt: skip
-    return kl, lse
+def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
+    p, q = (student, teacher) if direction == "reverse" else (teacher, student)
+    settings = p.shape[1], p.stride(0), q.stride(0), LOG2E / temperature, BLOCK
+    forward_kernel[(len(kl),)](kl, lse, p, q, mask, *settings, num_warps=16)
 
 
-def kl_backward(grad, scale, p, q, kl, lse, temperature, of_p):
-    beta = math.log2(math.e) / temperature
-    backward_kernel[(len(kl),)](
-        grad, scale, p, q, kl, lse, p.shape[1], grad.stride(0), p.stride(0), q.stride(0),
-        beta, of_p, BLOCK, num_warps=16
-    )  # fmt: skip
+def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
+    p, q = (student, teacher) if direction == "reverse" else (teacher, student)
+    sizes = p.shape[1], grad.stride(0), p.stride(0), q.stride(0)
+    settings = LOG2E / temperature, direction == "reverse", BLOCK
+    backward_kernel[(len(kl),)](grad, scale, p, q, kl, lse, *sizes, *settings, num_warps=16)
 
 
 @triton.jit
 def forward_kernel(
-    p_ptr, q_ptr, mask_ptr, kl_ptr, lse_ptr, V, p_stride, q_stride, beta, BLOCK: tl.constexpr
+    kl_ptr, lse_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
     if tl.load(mask_ptr + row) == 0:
-        tl.store(kl_ptr + row, 0.0)
         return
     p_max, q_max = -1e30, -1e30  # not −inf: −inf − (−inf) is no number
     p_sum = tl.zeros([BLOCK], tl.float32)  # the sums stay apart until the end, one for each lane
@@ -79,15 +71,19 @@ def backward_kernel(
     p_max, p_log = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
     q_max, q_log = tl.load(lse_ptr + 4 * row + 2), tl.load(lse_ptr + 4 * row + 3)
     end = tl.where(scale == 0, 0, V)  # a row of scale 0 is not read
+    top = tl.full([BLOCK], V, tl.int32)
+    rest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=0.0).to(tl.float32)
-        q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=0.0).to(tl.float32)
+        p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
+        q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
         log_p, log_q = (p - p_max) * beta - p_log, (q - q_max) * beta - q_log
-        p = tl.exp2(log_p)
-        if of_p:
-            dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) * LN2 - kl))
-        else:
-            dz = tl.exp2(log_q) - p
+        p, q = tl.exp2(log_p), tl.exp2(log_q)
+        dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) * LN2 - kl)) if of_p else q - p
         dz = tl.where(scale == 0, 0.0, scale * dz)
-        tl.store(grad_ptr + row * grad_stride + v, dz, mask=v < V)
+        is_top = (p if of_p else q) > 0.75
+        tl.store(grad_ptr + row * grad_stride + v, dz, mask=(v < V) & ~is_top)
+        top = tl.where(is_top, v, top)
+        rest += tl.where(is_top, 0.0, dz)
+    # A row sums to 0. Where the probability is almost 1, dz is mostly rounding, and this is not.
+    tl.store(grad_ptr + row * grad_stride + top, -tl.sum(rest, 0), mask=top < V)
