@@ -64,7 +64,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
-    ("--rollout-batch", 2048, 256, 1, "completions sampled at once; bounds the KV cache"),
+    ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
     ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
