@@ -303,7 +303,7 @@ def choose(logits, sampling, noise):
     return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)  # the clamp: NaN
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
     """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
     device, (n, length) = model.device, noise.shape

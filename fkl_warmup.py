@@ -251,7 +251,7 @@ def choose(logits, temperature, noise):
     return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN: the gradient will tell
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
     """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
     device, (n, length) = model.device, noise.shape
