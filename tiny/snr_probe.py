@@ -41,7 +41,7 @@ EDGES = [Fraction(i, 32) for i in (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 30, 31, 32
 NAMES = ["0", *(f"({a}, {b}{')' if b == 1 else ']'}" for a, b in pairwise(EDGES)), "1"]
 FEWEST = 8  # problems of a bin that is measured
 RESAMPLES = 2000
-SLOPES = np.arange(-600, 601) / 100  # that are tried
+SLOPES = np.arange(-600, 601) / 100  # that are tried: a band that ends at -6 or 6 is open
 LARGEST = 8e9  # bytes of all gradients
 
 
