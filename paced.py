@@ -1,9 +1,9 @@
 """PACED: distillation at the frontier of the student's competence (arXiv 2603.11178).
 
-A problem that the student always solves has nothing left to teach, one that it never solves pulls
-in directions that do not add up. So each problem counts by the student's own pass rate p on it:
-nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of the student, which
-are graded against labels; the loss itself reads none. Either of the two distillations will do.
+The paper's premise: a problem that the student always solves has nothing left to teach, one that it
+never solves pulls in directions that do not add up. So each problem counts by the student's own
+pass rate p on it: nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of
+the student, graded against labels; the loss itself reads none. Either distillation will do.
 
   Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
   Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl) or KL(pi_S‖pi_T) on the student's (rkl)
