@@ -119,7 +119,7 @@ def parse_arguments(argv):
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=["recipe", "direct"])
     parser.add_argument("--out", type=Path, help="of the run; the same command resumes it")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, goes to every script")
-    parser.add_argument("--nproc", type=int, default=1, help="processes of a step, by torchrun")
+    parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
     parser.add_argument("--skip-student-rl", action="store_true", help="stop after the bridge")
@@ -139,10 +139,10 @@ def parse_arguments(argv):
             setattr(args, key, presets[0 if tiny else 1])
         elif not least <= getattr(args, key) < float("inf"):
             fail(f"{flag} must be at least {least}, not {getattr(args, key)}")
-    own = args.data, args.val_data, args.test_data
-    if any(own[:2]) and not all(own):
-        fail("--data, --val-data and --test-data come together (or --test-data alone)")
-    if tiny and not args.data:
+    if args.data or args.val_data:
+        if not (args.data and args.val_data and args.test_data):
+            fail("--data, --val-data and --test-data come together (or --test-data alone)")
+    elif tiny:
         args.data, args.val_data = "tiny/train.jsonl", "tiny/val.jsonl"
         args.prompts = args.prompts or "tiny/prompts.jsonl"
     benchmarks = ["tiny/test.jsonl"] if tiny else ["math500", "aime24", "aime25"]
@@ -264,8 +264,7 @@ def run(args, name, script, flags):
         print(f"{name}: done before, in {out}")
         return out
     print(f"\n{name}\n$ {shlex.join(command)}")
-    status = 0 if args.dry_run else launch(command)
-    if status:
+    if not args.dry_run and (status := launch(command)):
         fail(f"{name} ended with status {status}, see above; again: {shlex.join(command)}")
     return out
 
@@ -295,11 +294,13 @@ def run_all(args, splits):
         out = outs[name] = run(args, name, script, flags)
         paths[name] = str(out / ("best" if script == RL else "final"))
         paths[f"rollouts of {name}"] = str(out / "rollouts.jsonl")
+        ended = time.time()
         evaluate(name)
         if not args.dry_run and (out / "final").stat().st_mtime > began:  # not done before
-            rates[script] = (time.time() - began) / flags["--steps"]
+            rates[script] = (ended - began) / flags["--steps"]
             mean, left = np.mean([*rates.values()]), [*steps.values()][i + 1 :]
             seconds = sum(flags["--steps"] * rates.get(script, mean) for script, flags in left)
+            seconds += len(left) * (time.time() - ended)
             print(f"about {seconds / 60:.1f} minutes to go")
     return outs
 
@@ -313,8 +314,7 @@ def report(args, outs, val_labels):
         found = {key: metrics[key] for key in metrics if key.startswith(("avg@", "greedy"))}
         models.setdefault(model, {"test": {}})["test"][test] = found
     for step in (key for key in outs if isinstance(key, str)):
-        lines = (outs[step] / "metrics.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in lines]
+        lines = [json.loads(line) for line in (outs[step] / "metrics.jsonl").open()]
         sparse = lines[0]["kl"] is None
         signal, times = ("reward", GRPO[args.preset][0]) if sparse else ("kl", 1)
         updates = [line["step"] * times for line in lines]
@@ -365,7 +365,7 @@ def draw(models, arms, path):
         tests = [next(iter(models[name]["test"].values())) for name in names]
         mean, low, high = np.array([[*next(iter(test.values())).values()] for test in tests]).T
         accuracy.errorbar(names, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=label)
-    accuracy.set(title="accuracy, sampled, on the first test")
+    accuracy.set(title="accuracy, sampled, on the first test", ylim=(0, 1))
     accuracy.tick_params(axis="x", rotation=30)
     reward.set(title="GRPO: mean reward of the rollouts", xlabel="updates")
     kl.set(title="dense steps: KL per token", xlabel="updates", yscale="log")
