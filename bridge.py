@@ -5,14 +5,14 @@ them (step 1). What he has learnt goes into the student token by token, without 
 (steps 2a and 2b). The other half trains the student, who by then can use it too (step 3). Direct
 GRPO, the baseline, spends all labels on the student, and as many updates as steps 1 and 3 together.
 
-recipe_steps() is the recipe, a list; ARMS says which of its steps make an arm. The rest of this
-file runs the scripts one after another, each as the command that it prints, and evaluates after
-every step. What several arms have in common runs once. No label of step 3 is seen before it, the
-prompts of steps 2a and 2b have no answers, and the test file reaches eval_math.py and nothing else.
+recipe_steps() is the recipe, ARMS says which of its steps make an arm, and the rest of this file
+runs the scripts one after another, each as the command that it prints, with an evaluation after
+each. What several arms have in common runs once. No label of step 3 is seen before it, the prompts
+of steps 2a and 2b have no answers, and the test file reaches eval_math.py and nothing else.
 
     python bridge.py                        the pocket models: some minutes on two cores
     python bridge.py --arms all             with every control
-    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B
+    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --nproc 8
 """
 
 import argparse
@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -51,34 +50,39 @@ SETTINGS = {  # flag: tiny models (to be tuned); the paper's (step counts ours; 
 }
 # A step of grpo.py by its own presets: its updates, and the problems and samples of an update.
 GRPO = {"tiny": (1, 32, 8), "paper": (4, 128, 8)}
+DAPO = "YouJiacheng/DAPO-Math-17k-dedup"  # the paper's problems
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
-INPUTS = ("--model", "--student", "--teacher", "--data", "--val-data", "--rollouts")
 
 
-def recipe_steps(args):
-    """Every step of every arm, in the order of the runs. In capitals: what is there before."""
-    n1, r1, n2a, r2a, n2b, r2b, n3, r3, direct, replay, more = args.settings
-    updates, problems, samples = GRPO[args.preset]
-    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # to step 3
+def recipe_steps(s):
+    """{step: (script, flags)} in the order of the runs; in capitals what is there before."""
+    updates, problems, samples = GRPO[s.preset]
+    dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
     flat = {"--lr-decay": 0}  # the rate falls at the end of the bridge, in step 2b
-    again = alike | {"--rollouts": "2a-fkl/rollouts.jsonl"}
-    # fmt: off
-    return [
-        # step            script trains     teacher         data       steps         lr      more
-        ("1-teacher-rl",    RL,  "TEACHER", None,           "A",       n1,           r1,     {}),
-        ("2a-fkl",          FKL, "STUDENT", "1-teacher-rl", "PROMPTS", n2a,          r2a,    flat),
-        ("2b-opd",          OPD, "2a-fkl",  "1-teacher-rl", "PROMPTS", n2b,          r2b,    {}),
-        ("3-student-rl",    RL,  "2b-opd",  None,           "B",       n3,           r3,     {}),
-        ("direct",          RL,  "STUDENT", None,           "A+B",     n1 + n3,      direct, {}),
-        ("raw-fkl",         FKL, "STUDENT", "TEACHER",      "PROMPTS", n2a,          r2a,    flat),
-        ("raw-opd",         OPD, "raw-fkl", "TEACHER",      "PROMPTS", n2b,          r2b,    {}),
-        ("only-opd",        OPD, "STUDENT", "1-teacher-rl", "PROMPTS", n2a + n2b,    r2b,    {}),
-        ("only-fkl",        FKL, "STUDENT", "1-teacher-rl", "PROMPTS", n2a + n2b,    r2a,    {}),
-        ("replay",          FKL, "2b-opd",  "1-teacher-rl", "PROMPTS", n3 * updates, replay, again),
-        ("more-opd",        OPD, "2b-opd",  "1-teacher-rl", "PROMPTS", n3 * updates, more,   alike),
-        ("cold-student-rl", RL,  "STUDENT", None,           "B",       n3,           r3,     {}),
-    ]
-    # fmt: on
+    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # to step 3
+    again = alike | {"--rollouts": "rollouts of 2a-fkl"}
+
+    def rl(model, labels, n, lr):
+        return {"--model": model, "--data": labels, "--val-data": "VAL", "--steps": n, "--lr": lr}
+
+    def dense(student, teacher, n, lr):
+        data = {"--data": "PROMPTS", "--val-data": "VAL-PROMPTS"}
+        return {"--student": student, "--teacher": teacher, **data, "--steps": n, "--lr": lr}
+
+    return {
+        "1-teacher-rl": (RL, rl("TEACHER", "A", s.teacher_rl_steps, s.teacher_rl_lr)),
+        "2a-fkl": (FKL, dense("STUDENT", "1-teacher-rl", s.fkl_steps, s.fkl_lr) | flat),
+        "2b-opd": (OPD, dense("2a-fkl", "1-teacher-rl", s.opd_steps, s.opd_lr)),
+        "3-student-rl": (RL, rl("2b-opd", "B", s.student_rl_steps, s.student_rl_lr)),
+        "direct": (RL, rl("STUDENT", "A+B", s.teacher_rl_steps + s.student_rl_steps, s.direct_lr)),
+        "raw-fkl": (FKL, dense("STUDENT", "TEACHER", s.fkl_steps, s.fkl_lr) | flat),
+        "raw-opd": (OPD, dense("raw-fkl", "TEACHER", s.opd_steps, s.opd_lr)),
+        "only-opd": (OPD, dense("STUDENT", "1-teacher-rl", dense_steps, s.opd_lr)),
+        "only-fkl": (FKL, dense("STUDENT", "1-teacher-rl", dense_steps, s.fkl_lr)),
+        "replay": (FKL, dense("2b-opd", "1-teacher-rl", rl_updates, s.replay_lr) | again),
+        "more-opd": (OPD, dense("2b-opd", "1-teacher-rl", rl_updates, s.more_opd_lr) | alike),
+        "cold-student-rl": (RL, rl("STUDENT", "B", s.student_rl_steps, s.student_rl_lr)),
+    }
 
 
 BRIDGE = ["1-teacher-rl", "2a-fkl", "2b-opd"]
@@ -96,9 +100,6 @@ ARMS = {
 
 
 # --- arguments ------------------------------------------------------------------------------------
-DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
-
-
 def fail(message, status=2):
     """A person reads this: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
@@ -116,9 +117,9 @@ def parse_arguments(argv):
     parser.add_argument("--test-data", nargs="+", help="[tiny/test.jsonl, paper math500 aime24 25]")
     parser.add_argument("--prompts", help="unlabelled [tiny/prompts.jsonl, else those of --data]")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=["recipe", "direct"])
-    parser.add_argument("--out", help="directory of the run; the same command resumes it")
+    parser.add_argument("--out", type=Path, help="of the run; the same command resumes it")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, goes to every script")
-    parser.add_argument("--nproc", type=int, default=0, help="by torchrun; 1 at most so far")
+    parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
     parser.add_argument("--skip-student-rl", action="store_true", help="stop after the bridge")
@@ -130,27 +131,28 @@ def parse_arguments(argv):
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     # One preset for all steps, because teacher and student must agree on the form of a prompt.
-    args.preset = "tiny" if n_parameters < 10e6 else "paper"
-    args.settings = []
+    tiny = n_parameters < 10e6
+    args.preset = "tiny" if tiny else "paper"
     for flag, presets in SETTINGS.items():
-        value, least = getattr(args, flag[2:].replace("-", "_")), int(flag.endswith("steps"))
-        value = presets[args.preset == "paper"] if value is None else value
-        if value is not None and not least <= value < float("inf"):
-            fail(f"{flag} must be at least {least}, not {value}")
-        args.settings.append(value)
+        key, least = flag[2:].replace("-", "_"), int(flag.endswith("steps"))
+        if getattr(args, key) is None:
+            setattr(args, key, presets[0 if tiny else 1])
+        elif not least <= getattr(args, key) < float("inf"):
+            fail(f"{flag} must be at least {least}, not {getattr(args, key)}")
     if args.data or args.val_data:
         if not (args.data and args.val_data and args.test_data):
             fail("--data, --val-data and --test-data come together (or --test-data alone)")
-    elif args.preset == "tiny":
+    elif tiny:
         args.data, args.val_data = "tiny/train.jsonl", "tiny/val.jsonl"
         args.prompts = args.prompts or "tiny/prompts.jsonl"
-    benchmarks = {"tiny": ["tiny/test.jsonl"], "paper": ["math500", "aime24", "aime25"]}
-    args.test_data = args.test_data or benchmarks[args.preset]
+    benchmarks = ["tiny/test.jsonl"] if tiny else ["math500", "aime24", "aime25"]
+    args.test_data = args.test_data or benchmarks
     skipped = ["1-teacher-rl"] * args.skip_teacher_rl
     skipped += ["3-student-rl", "cold-student-rl"] * args.skip_student_rl
     chosen = ARMS if "all" in args.arms else args.arms
-    args.arms = {arm: [step for step in ARMS[arm] if step not in skipped] for arm in chosen}
-    args.arms = {arm: steps for arm, steps in args.arms.items() if steps}
+    arms = {arm: [step for step in ARMS[arm] if step not in skipped] for arm in chosen}
+    args.arms = {arm: steps for arm, steps in arms.items() if steps}
+    args.out = args.out or Path(time.strftime("runs/bridge-%Y%m%d-%H%M%S"))
     return args if args.arms else fail("--skip-student-rl leaves nothing of --arms")
 
 
@@ -162,18 +164,15 @@ def read_rows(path, labelled):
     """{problem: row} of a JSONL file; each problem once, because labels are counted by problem."""
     rows = {}
     for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):
-        try:
+        try:  # said now, because the step that reads this line may be hours away
             row = dict(json.loads(line))
-        except (ValueError, TypeError):
-            fail(f"{path}:{number}: not a JSON object; mend or delete this line")
-        found = [row[key] for key in PROBLEM if row.get(key)]
-        if not found:
-            fail(f"{path}:{number}: no problem (nor question, nor prompt)")
-        answers = row | (row.get("reward_model") or {})  # DAPO keeps it there
-        # Said now, because the step that reads this label may be hours away.
-        if labelled and all(answers.get(key) in (None, "") for key in LABEL):
-            fail(f"{path}:{number}: no answer (nor solution, nor ground_truth)")
-        rows.setdefault(json.dumps(found[0]), row)
+            problem = next(row[key] for key in PROBLEM if row.get(key))
+            fields = row | (row.get("reward_model") or {})  # DAPO keeps its answers there
+            if labelled:
+                next(key for key in LABEL if fields.get(key) not in (None, ""))
+        except (ValueError, TypeError, StopIteration):
+            fail(f"{path}:{number}: not a JSON object with a problem{' and an answer' * labelled}")
+        rows.setdefault(json.dumps(problem), row)
     return rows
 
 
@@ -182,11 +181,8 @@ def split_problems(args):
     if args.data:
         labels, val = read_rows(args.data, True), read_rows(args.val_data, True)
         rows = [row for problem, row in labels.items() if problem not in val]
-        if len(rows) < len(labels):
-            print(f"{args.data}: left out {len(labels) - len(rows)} problems of --val-data")
-        order, half = np.random.default_rng(args.seed).permutation(len(rows)), len(rows) // 2
-        a, b = [rows[i] for i in order[:half]], [rows[i] for i in order[half:]]
-        val = list(val.values())
+        rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
+        a, b, val = rows[: len(rows) // 2], rows[len(rows) // 2 :], list(val.values())
     else:  # the authors' split: 80 %, seed 42
         try:
             from datasets import load_dataset
@@ -196,181 +192,213 @@ def split_problems(args):
         a, held_out = list(parts["train"]), list(parts["test"])
         val, b = held_out[:256], held_out[256:]
     prompts = list(read_rows(args.prompts, False).values()) if args.prompts else a + b
+    counts = f"{len(a)} labels for step 1, {len(b)} for step 3, {len(val)} for validation, "
+    counts += f"{len(prompts)} prompts for steps 2a and 2b"
     if min(len(a), len(b), len(prompts)) < 8 or not val:
-        counts = f"{len(a)} + {len(b)} labelled, {len(prompts)} without, {len(val)} for validation"
-        fail(f"too few problems: {counts}; needed are 8 + 8, 8 and 1")
-    splits = {"A": a, "B": b, "A+B": a + b, "VAL": val, "PROMPTS": prompts, "VAL-PROMPTS": val}
-    for name in ("PROMPTS", "VAL-PROMPTS"):
-        splits[name] = [{key: row[key] for key in PROBLEM if key in row} for row in splits[name]]
-    return splits
+        fail(f"too few problems: {counts}; needed are 8, 8, 1 and 8")
+    print(counts)
+    bare = [{key: row[key] for key in PROBLEM if key in row} for row in prompts + val]
+    splits = {"A": a, "B": b, "A+B": a + b, "VAL": val}
+    return splits | {"PROMPTS": bare[: len(prompts)], "VAL-PROMPTS": bare[len(prompts) :]}
 
 
 # --- a step ---------------------------------------------------------------------------------------
 def write_whole(path, text):
     """Written aside, then renamed: never a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
 
 
-def contents(path):
-    """Tells a file or a model directory from another of its name; None for a name of the hub."""
-    digest = hashlib.sha256()
-    files = sorted(file for file in [Path(path), *Path(path).glob("*")] if file.is_file())
-    for file in files:
-        with file.open("rb") as opened:  # a megabyte of weights is enough: training moves it too
-            most = -1 if file.suffix == ".jsonl" else 2**20
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(most))
-    return digest.hexdigest() if files else None
+def fingerprint(path):
+    """Tells a file from another of its name; as in the scripts, comments in code don't count."""
+    if path.suffix == ".py":
+        content = ast.dump(ast.parse(path.read_text(encoding="utf-8"), path.name)).encode()
+    else:  # the size and a megabyte are enough, because training moves all weights
+        content = str(path.stat().st_size).encode() + path.open("rb").read(2**20)
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
-def place(run, name, script, flags):
-    """The directory of a step: that of the very same step if there is one, else a new one."""
-    folder = Path(__file__).parent
-    sources = [folder / script, *sorted(folder.glob("kernels/*.py")) * (script != EVAL)]
-    # As in the scripts: the syntax trees, so that comments don't count.
-    trees = [ast.parse(path.read_text(encoding="utf-8"), path.name) for path in sources]
-    files = {flags[flag]: contents(flags[flag]) for flag in INPUTS if flag in flags}
-    step = {"script": script, "flags": flags, "contents": files}
-    step["code"] = hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
-    same = [known for known, other in run["steps"].items() if other == step]
-    tried = [known for known in run["steps"] if known.partition("@")[0] == name]
-    if same:
-        return same[0]
+def place(args, name, script, flags):
+    """The directory of this very run, else a new one; bridge.json keeps what each was run with."""
+    here, record = Path(__file__).parent, args.out / "bridge.json"
+    code = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
+    used = flags | {path.name: fingerprint(path) for path in code}
+    for path in map(Path, map(str, flags.values())):
+        files = (file for file in (path, *path.glob("*")) if file.is_file())
+        used |= {str(file): fingerprint(file) for file in files}
+    known = json.loads(record.read_text()) if record.exists() else {}
+    for folder in known:
+        if known[folder] == used:
+            return folder
+    tried = [folder for folder in known if folder.partition("@")[0] == name]
+    folder = f"{name}@{len(tried) + 1}" if tried else name
     if tried:
-        was = run["steps"][tried[-1]]
-        old = {flag: was["flags"].get(flag, "not given") for flag in was["flags"] | flags}
-        said = [f"{flag} was {value}" for flag, value in old.items() if value != flags.get(flag)]
-        said += [f"{f} changed" for f in files if was["contents"].get(f, files[f]) != files[f]]
-        said += [f"{script} was edited"] * (was["code"] != step["code"])
-        print(f"\n{name} runs anew, {run['out'] / tried[-1]} stays: {', '.join(said)}")
-        name = f"{name}@{len(tried) + 1}"
-    run["steps"][name] = step
-    if not run["dry"]:
-        write_whole(run["out"] / "bridge.json", json.dumps(run["steps"], indent=1))
-    return name
+        was = known[tried[-1]]
+        differs = [f"{k} was {was.get(k)}" for k in was | used if was.get(k) != used.get(k)]
+        print(f"\n{name} runs anew, {args.out / tried[-1]} stays: {', '.join(differs)}")
+    write_whole(record, json.dumps(known | {folder: used}, indent=1))
+    return folder
 
 
-def launch(command, lock):
-    """The exit status of a command, whose output goes where ours goes."""
-    # It holds the lock too: if only we are killed, whoever resumes waits until it has ended.
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.run(command, pass_fds=[lock], env=environment).returncode
+def launch(command):
+    """Runs a command, whose output goes where ours goes; its exit status."""
+    with subprocess.Popen(command, close_fds=False) as process:  # it holds the lock too
+        try:
+            return process.wait()
+        finally:
+            process.terminate()  # where it has not ended because we are stopped
 
 
-def run_step(run, name, script, flags):
-    """Runs a script, unless it has done just that before; the directory of its run."""
-    out = run["out"] / place(run, name, script, flags)
-    command = [sys.executable, os.path.relpath(Path(__file__).with_name(script))]
-    if run["nproc"] and script != EVAL:
+def run(args, name, script, flags):
+    """Prints and runs a script, unless it has run just so before; its directory."""
+    flags = {**flags, "--preset": args.preset, "--seed": args.seed}
+    out = args.out / (name if args.dry_run else place(args, name, script, flags))
+    command = [sys.executable]
+    if args.nproc > 1:
         torchrun = Path(sys.executable).with_name("torchrun")  # a venv need not be activated
-        command[:1] = [str(torchrun) if torchrun.exists() else "torchrun"]
-        command[1:1] = ["--nproc-per-node", str(run["nproc"])]
+        command = [str(torchrun) if torchrun.exists() else "torchrun", "--standalone"]
+        command += ["--nproc-per-node", str(args.nproc), "--"]
+    command += [os.path.relpath(Path(__file__).with_name(script))]
     command += [str(part) for pair in flags.items() for part in pair] + ["--out", str(out)]
-    run["number"] += 1
-    title = f"[{run['number']}/{run['of']}] {name}"
-    end = out / ("results.json" if script == EVAL else "final")
-    if (out / "config.json").exists() and end.exists() and not run["dry"]:
-        print(f"{title}: done before, in {out}")
+    if not args.dry_run and ((out / "final").exists() or (out / "results.json").exists()):
+        print(f"{name}: done before, in {out}")
         return out
-    print(f"\n{title}\n$ {shlex.join(command)}")
-    if not run["dry"]:
-        began, status = time.monotonic(), launch(command, run["lock"])
-        if status:
-            fail(f"{name} ended with status {status}, see above; again: {shlex.join(command)}")
-        rate = (time.monotonic() - began) / flags.get("--steps", 1)
-        run["rates"].setdefault(script, []).append(rate)
+    print(f"\n{name}\n$ {shlex.join(command)}")
+    if not args.dry_run and (status := launch(command)):
+        fail(f"{name} ended with status {status}, see above; again: {shlex.join(command)}")
     return out
 
 
-def minutes_to_go(run, steps, evaluations):
-    """What is left takes as long as the same script has taken, else as the others have."""
-    rates = {script: np.mean(rates) for script, rates in run["rates"].items()}
-    others = [rate for script, rate in rates.items() if script != EVAL] or [0]
-    steps = [step for step in steps if not (run["out"] / step[0] / "final").exists()]
-    seconds = sum(step[5] * rates.get(step[1], np.mean(others)) for step in steps)
-    return (seconds + len(steps) * evaluations * rates.get(EVAL, 0)) / 60
+def run_all(args, splits):
+    """Every step that an arm needs, each evaluated; {step, or (model, test): its directory}."""
+    paths = {"TEACHER": args.teacher, "STUDENT": args.student}
+    for name, rows in splits.items():
+        paths[name] = str(args.out / f"data/{name.lower()}.jsonl")
+        if not args.dry_run:
+            write_whole(Path(paths[name]), "".join(json.dumps(row) + "\n" for row in rows))
+    needed = {step for steps in args.arms.values() for step in steps}
+    steps = {name: step for name, step in recipe_steps(args).items() if name in needed}
+    outs, rates = {}, {}  # seconds a step, by script
+
+    def evaluate(model):
+        for test in args.test_data:
+            name, flags = f"eval/{model.lower()}-{Path(test).stem}", {"--model": paths[model]}
+            outs[model, test] = run(args, name, EVAL, flags | {"--data": test})
+
+    evaluate("STUDENT")
+    evaluate("TEACHER")
+    paths["1-teacher-rl"] = args.teacher  # if it is skipped
+    for i, (name, (script, flags)) in enumerate(steps.items()):
+        began = time.time()
+        flags = {flag: paths.get(v, v) for flag, v in flags.items() if v is not None}
+        out = outs[name] = run(args, name, script, flags)
+        paths[name] = str(out / ("best" if script == RL else "final"))
+        paths[f"rollouts of {name}"] = str(out / "rollouts.jsonl")
+        ended = time.time()
+        evaluate(name)
+        if not args.dry_run and (out / "final").stat().st_mtime > began:  # not done before
+            rates[script] = (ended - began) / flags["--steps"]
+            mean, left = np.mean([*rates.values()]), [*steps.values()][i + 1 :]
+            seconds = sum(flags["--steps"] * rates.get(script, mean) for script, flags in left)
+            seconds += len(left) * (time.time() - ended)
+            print(f"about {seconds / 60:.1f} minutes to go")
+    return outs
 
 
 # --- report ---------------------------------------------------------------------------------------
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+def report(args, outs, val_labels):
+    """What each arm has come to and what it has used: results.json, table.md, curves.png."""
+    models, arms = {}, {}
+    for model, test in (key for key in outs if isinstance(key, tuple)):
+        metrics = json.loads((outs[model, test] / "results.json").read_text())["metrics"]
+        found = {key: metrics[key] for key in metrics if key.startswith(("avg@", "greedy"))}
+        models.setdefault(model, {"test": {}})["test"][test] = found
+    for step in (key for key in outs if isinstance(key, str)):
+        lines = [json.loads(line) for line in (outs[step] / "metrics.jsonl").open()]
+        sparse = lines[0]["kl"] is None
+        signal, times = ("reward", GRPO[args.preset][0]) if sparse else ("kl", 1)
+        updates = [line["step"] * times for line in lines]
+        models[step][signal] = [updates, [line[signal] for line in lines]]
+        models[step]["cost"] = {
+            "labels": lines[-1]["labels"],
+            "validation": val_labels if sparse else 0,
+            "updates": updates[-1] if sparse else 0,
+            "dense updates": 0 if sparse else updates[-1],
+            "rollout tokens": sum(line["tokens"] for line in lines),
+            "minutes": sum(line["seconds"] for line in lines) / 60,
+        }
+    for arm, steps in args.arms.items():
+        costs = [models[step]["cost"] for step in steps]
+        cost = {key: sum(cost[key] for cost in costs) for key in costs[0]}  # A and B share no label
+        cost["validation"] = max(cost["validation"] for cost in costs)  # it is one file
+        arms[arm] = {"steps": steps, "test": models[steps[-1]]["test"], "cost": cost}
+    results = {"settings": vars(args), "models": models, "arms": arms}
+    table = table_of(models | {f"**{arm}**": row for arm, row in arms.items()})
+    write_whole(args.out / "results.json", json.dumps(results, indent=1, default=str))
+    write_whole(args.out / "table.md", table)
+    draw(models, arms, args.out / "curves.png")
+    print(f"\n{table}\n{args.out}: table.md, results.json, curves.png")
 
 
-def accuracy(out):
-    """avg@n and greedy with their intervals, as eval_math.py has left them."""
-    metrics = read_json(out / "results.json")["metrics"]
-    return {name: metrics[name] for name in metrics if name.startswith(("avg@", "greedy"))}
+def table_of(rows):
+    """Markdown: where each model and each arm has come to, and what it has used."""
+    *_, last = rows.values()
+    names = [f"{name}, {Path(test).stem}" for test in last["test"] for name in last["test"][test]]
+    table = [["", *names, *last["cost"]], ["---"] * (1 + len(names) + len(last["cost"]))]
+    for name, row in rows.items():
+        numbers = [number for test in row["test"].values() for number in test.values()]
+        cells = ["{mean:.3f} ({low:.3f} to {high:.3f})".format(**number) for number in numbers]
+        for value in row.get("cost", {}).values():
+            cells.append(f"{value:.1f}" if isinstance(value, float) else f"{value:,}")
+        table.append([name, *cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def metrics_of(out):
-    """(updates so far, what was logged) for each step of a run."""
-    times = read_json(out / "config.json")["settings"].get("updates_per_step", 1)
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(line["step"] * times, line) for line in lines]
-
-
-def costs(outs, val_labels):
-    """What an arm has used, by what its steps have logged."""
-    cost = dict.fromkeys(("labels", "validation", "updates", "dense updates", "rollout tokens"), 0)
-    cost["minutes"] = 0.0
-    for metrics in map(metrics_of, outs):
-        updates, last = metrics[-1]
-        sparse = last["kl"] is None
-        cost["labels"] += last["labels"]  # no problem is in both A and B
-        cost["validation"] = val_labels if sparse else cost["validation"]
-        cost["updates" if sparse else "dense updates"] += updates
-        cost["rollout tokens"] += sum(line["tokens"] for _, line in metrics)
-        cost["minutes"] += sum(line["seconds"] for _, line in metrics) / 60
-    return cost
-
-
-def table_of(results):
-    """Markdown: where each model and each arm has come to, and what each arm has cost."""
-    tests, first = results["models"]["STUDENT"], next(iter(results["arms"].values()))
-    names = [f"{name}, {Path(test).stem}" for test in tests for name in tests[test]]
-    rows = [["", *names, *first["cost"]], ["---"] * (1 + len(names) + len(first["cost"]))]
-
-    def cells(tests):
-        numbers = [number.values() for test in tests.values() for number in test.values()]
-        return ["{:.3f} ({:.3f} to {:.3f})".format(*number) for number in numbers]
-
-    rows += [[name, *cells(tests)] for name, tests in results["models"].items()]
-    for arm, row in results["arms"].items():
-        cost = [f"{v:.1f}" if isinstance(v, float) else f"{v:,}" for v in row["cost"].values()]
-        rows.append([f"**{arm}**", *cells(row["test"]), *cost])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def draw(results, outs, path):
-    """The arms over the student's updates, and what each step saw of its own progress."""
-    figure = Figure(figsize=(16, 4.5), layout="tight")
-    arms, sparse, dense = figure.subplots(1, 3)
-    models, test = results["models"], next(iter(results["models"]["STUDENT"]))
-    for arm, row in results["arms"].items():
-        steps = [step for step in row["steps"] if step != "1-teacher-rl"]
-        x = np.cumsum([0, *(metrics_of(outs[step])[-1][0] for step in steps)])
-        sampled, greedy = zip(*(models[m][test].values() for m in ("STUDENT", *steps)), strict=True)
-        mean, low, high = np.array([list(number.values()) for number in sampled]).T
-        line = arms.errorbar(x, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=arm)
-        arms.plot(x, [number["mean"] for number in greedy], "x:", color=line[0].get_color())
-    for name, style in ("TEACHER", ":"), ("1-teacher-rl", "--"):
-        if name in models:
-            mean = next(iter(models[name][test].values()))["mean"]
-            arms.axhline(mean, color="grey", linestyle=style, label=name)
-    for step, out in outs.items():
-        x, lines = zip(*metrics_of(out), strict=True)
-        axis, key = (sparse, "reward") if lines[0]["kl"] is None else (dense, "kl")
-        axis.plot(x, [line[key] for line in lines], label=step)
-    arms.set(title=f"{Path(test).stem}: sampled (o), greedy (x)", xlabel="the student's updates")
-    sparse.set(title="GRPO: mean reward of the rollouts", xlabel="updates")
-    dense.set(title="dense steps: KL per token", xlabel="updates", yscale="log")
+def draw(models, arms, path):
+    """Accuracy from step to step, and each step's learning curve."""
+    figure = Figure(figsize=(16, 5), layout="tight")
+    accuracy, reward, kl = figure.subplots(1, 3)
+    lines = {"teacher": ["TEACHER", "1-teacher-rl"] if "1-teacher-rl" in models else ["TEACHER"]}
+    for arm, row in arms.items():
+        lines[arm] = ["STUDENT", *(step for step in row["steps"] if step not in lines["teacher"])]
+    for label, names in lines.items():
+        tests = [next(iter(models[name]["test"].values())) for name in names]
+        mean, low, high = np.array([[*next(iter(test.values())).values()] for test in tests]).T
+        accuracy.errorbar(names, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=label)
+    accuracy.set(title="accuracy, sampled, on the first test", ylim=(0, 1))
+    accuracy.tick_params(axis="x", rotation=30)
+    reward.set(title="GRPO: mean reward of the rollouts", xlabel="updates")
+    kl.set(title="dense steps: KL per token", xlabel="updates", yscale="log")
+    for name, model in models.items():
+        for axis, key in (reward, "reward"), (kl, "kl"):
+            if key in model:
+                axis.plot(*model[key], label=name)
     for axis in figure.axes:
-        axis.legend(fontsize=8) if axis.get_legend_handles_labels()[0] else None
-    FigureCanvasAgg(figure).print_png(path)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path)
 
 
 # --- main -----------------------------------------------------------------------------------------
+def bridge(args):
+    models = args.teacher, args.student
+    teacher, student = (AutoTokenizer.from_pretrained(model).get_vocab() for model in models)
+    if teacher != student:
+        fail(f"{args.teacher} and {args.student} have different tokenizers: no bridge between them")
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "lock").exists():
+        fail(f"{args.out} holds something that is no run of the recipe: give another --out")
+    splits = split_problems(args)
+    if args.dry_run:
+        run_all(args, splits)
+        return
+    print(f"--out {args.out} goes on with this run, once no step of it is at work any more")
+    (args.out / "data").mkdir(parents=True, exist_ok=True)
+    with (args.out / "lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # a step that outlives us, killed, still holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        report(args, run_all(args, splits), len(splits["VAL"]))
+
+
 def main(argv=None):
     try:
         bridge(parse_arguments(argv))
@@ -380,88 +408,8 @@ def main(argv=None):
         fail("stopped; the same command with --out goes on at the unfinished step", 130)
 
 
-def bridge(args):
-    models = args.teacher, args.student
-    teacher, student = (AutoTokenizer.from_pretrained(model).get_vocab() for model in models)
-    if teacher != student:
-        fail(f"{args.teacher} and {args.student} have different tokenizers: no bridge between them")
-    splits = split_problems(args)
-    out = Path(args.out or time.strftime("runs/bridge-%Y%m%d-%H%M%S"))
-    if out.exists() and any(out.iterdir()) and not (out / "lock").exists():
-        fail(f"{out} holds something that is no run of the recipe: give another --out")
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    print(f"--out {out} goes on with this run")
-    print("labels: {A} (A, step 1), {B} (B, step 3), {VAL} (validation); ".format(**sizes), end="")
-    print("{PROMPTS} prompts without (steps 2a and 2b)".format(**sizes))
-    run = {"out": out, "dry": args.dry_run, "nproc": args.nproc, "number": 0}
-    run |= {"steps": {}, "rates": {}}
-    if args.dry_run:
-        return run_arms(args, run, splits)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"a step in {out} is still at work: waiting until it has ended")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        run["steps"] = read_json(out / "bridge.json") if (out / "bridge.json").exists() else {}
-        run_arms(args, run | {"lock": lock.fileno()}, splits)
-
-
-def run_arms(args, run, splits):
-    """Every step that an arm needs, each evaluated; then the report."""
-    places = {"TEACHER": args.teacher, "STUDENT": args.student}
-    for name, rows in splits.items():
-        places[name] = str(run["out"] / f"data/{name.lower()}.jsonl")
-        if not run["dry"]:
-            write_whole(Path(places[name]), "".join(json.dumps(row) + "\n" for row in rows))
-    if args.skip_teacher_rl:
-        places["1-teacher-rl"] = args.teacher
-        print("--skip-teacher-rl: what labels and updates the teacher has had is not counted")
-    needed = {step for steps in args.arms.values() for step in steps}
-    steps = [step for step in recipe_steps(args) if step[0] in needed]
-    bases = ["STUDENT", "TEACHER"] if needed - {"direct", "cold-student-rl"} else ["STUDENT"]
-    run["of"] = len(steps) + (len(bases) + len(steps)) * len(args.test_data)
-    always, evaluations, outs = {"--preset": args.preset, "--seed": args.seed}, {}, {}
-
-    def evaluate(name):
-        evaluations[name] = {}
-        for test in args.test_data:
-            flags = {"--model": places[name], "--data": test, **always}
-            out = run_step(run, f"eval/{name.lower()}-{Path(test).stem}", EVAL, flags)
-            evaluations[name][test] = out
-
-    for name in bases:
-        evaluate(name)
-    for i, (name, script, trains, teacher, data, updates, lr, more) in enumerate(steps):
-        flags = {"--model": places[trains]}
-        if teacher:
-            flags = {"--student": places[trains], "--teacher": places[teacher]}
-        flags |= {"--data": places[data], "--val-data": places["VAL-PROMPTS" if teacher else "VAL"]}
-        flags |= {**always, "--steps": updates} | ({} if lr is None else {"--lr": lr})
-        flags |= {flag: places.get(value, value) for flag, value in more.items()}
-        outs[name] = run_step(run, name, script, flags)
-        places[name] = str(outs[name] / ("final" if teacher else "best"))
-        places[f"{name}/rollouts.jsonl"] = str(outs[name] / "rollouts.jsonl")
-        evaluate(name)
-        if not run["dry"]:
-            left = minutes_to_go(run, steps[i + 1 :], len(args.test_data))
-            print(f"about {left:.1f} minutes to go")
-    if run["dry"]:
-        return
-    results = {"settings": vars(args), "models": {}, "arms": {}}
-    for name, by_test in evaluations.items():
-        results["models"][name] = {test: accuracy(out) for test, out in by_test.items()}
-    for arm, chain in args.arms.items():
-        cost = costs([outs[step] for step in chain], len(splits["VAL"]))
-        results["arms"][arm] = {"steps": chain, "test": results["models"][chain[-1]], "cost": cost}
-    write_whole(run["out"] / "results.json", json.dumps(results, indent=1))
-    write_whole(run["out"] / "table.md", table_of(results))
-    draw(results, outs, run["out"] / "curves.png")
-    print(f"\n{table_of(results)}\n{run['out']}: table.md, results.json, curves.png")
-
-
 if __name__ == "__main__":
+    os.environ["PYTHONUNBUFFERED"] = "1"
     sys.stdout.reconfigure(line_buffering=True)  # ours and the scripts' lines in their order
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a step is ended with us
     main()

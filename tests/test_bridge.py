@@ -25,6 +25,7 @@ import grpo
 import opd
 
 ROOT = Path(__file__).parent.parent
+LAUNCH = bridge.launch
 SCRIPTS = {
     "grpo.py": grpo,
     "fkl_warmup.py": fkl_warmup,
@@ -75,7 +76,7 @@ class Killed(BaseException):
 def in_process(launched, deadly=None):
     """A launch() without processes, on two problems a step; it dies in the deadly-th one."""
 
-    def launch(command, lock):
+    def launch(command):
         small = ["--n", "2"] if "eval_math" in command[1] else ["--prompts-per-step", "2"]
         small += ["--max-new-tokens", "40", "--device", "cpu"]
         if "eval_math" not in command[1]:
@@ -251,9 +252,25 @@ def test_flags_pass_through(capsys):
     assert "--steps 3 --lr 0.5" in " ".join(commands["x/2a-fkl"])
     assert "--lr 0.25" in " ".join(commands["x/2b-opd"])
     assert "--steps 34" in " ".join(commands["x/direct"])
-    launched = [line for line in printed.splitlines() if line.startswith("$ ")]
-    for line in launched:
-        assert ("torchrun --nproc-per-node 2 " in line) != ("eval_math.py" in line)
+
+
+def test_torchrun_stands_before_every_step(capsys, monkeypatch):
+    """One process needs none; and what follows is the same command."""
+    alone, both = [], []
+    for nproc, commands in ("0", alone), ("1", []), ("2", both):
+        bridge.main(["--dry-run", "--out", "x", "--arms", "all", "--nproc", nproc])
+        printed = capsys.readouterr().out
+        lines = [shlex.split(line[2:]) for line in printed.splitlines() if line.startswith("$ ")]
+        commands += commands_of(printed)
+        for words in lines:
+            before = words[: next(i for i, word in enumerate(words) if word in SCRIPTS)]
+            if nproc == "2":
+                assert Path(before[0]).name == "torchrun"
+                assert before[1:] == ["--standalone", "--nproc-per-node", "2", "--"]
+            else:
+                assert before == [sys.executable]
+    assert both == alone and len(both) == 26
+    parsed(both, monkeypatch, AutoConfig.from_pretrained("tiny/student"))
 
 
 @pytest.mark.parametrize(
@@ -445,7 +462,7 @@ def test_other_data_run_anew(whole, again, capsys):
     train.write_text("".join(kept.splitlines(True)[:22]))
     bridge.main([*flags, "--arms", "bridge", "raw-teacher"])
     train.write_text(kept)
-    assert "data/a.jsonl changed" in capsys.readouterr().out
+    assert "data/a.jsonl was" in capsys.readouterr().out
     anew = ["1-teacher-rl@2", "2a-fkl@2", "2b-opd@2"]
     assert [name for name in names_of(launched, whole[0]) if "eval" not in name] == anew
 
@@ -461,16 +478,29 @@ def test_an_edited_script_runs_anew_but_not_for_a_comment(again, tmp_path, monke
     bridge.main(flags)
     assert launched == []
     (tmp_path / "opd.py").write_text(f"{source}\nEDITED = True\n")
-    monkeypatch.setattr(bridge, "launch", lambda command, lock: 3)
+    monkeypatch.setattr(bridge, "launch", lambda command: 3)
     with pytest.raises(SystemExit):
         bridge.main(flags)
     printed = capsys.readouterr()
-    assert "2b-opd runs anew" in printed.out and "opd.py was edited" in printed.out
+    assert "2b-opd runs anew" in printed.out and "opd.py was" in printed.out
     assert "2a-fkl runs anew" not in printed.out
     (tmp_path / "opd.py").write_text("def broken(:")
     with pytest.raises(SystemExit) as stop:
         bridge.main(flags)
     assert stop.value.code == 2 and "(opd.py, line 1)" in capsys.readouterr().err
+
+
+def test_two_processes(whole, again, monkeypatch):
+    """A step and its evaluation by torchrun; how many processes is no setting of theirs."""
+    flags, launched = again
+    for name in ("cold-student-rl", "eval/cold-student-rl-test"):
+        shutil.rmtree(whole[0] / name)
+    monkeypatch.setattr(bridge, "launch", lambda c: launched.append(c[0]) or LAUNCH(c))
+    bridge.main([*flags, "--arms", "cold-stage-3", "--nproc", "2"])
+    assert [Path(word).name for word in launched] == ["torchrun"] * 2
+    assert "| **cold-stage-3** |" in (whole[0] / "table.md").read_text()
+    metrics = lines_of(whole[0] / "cold-student-rl/metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
 
 
 def same_run(one, other):
@@ -524,17 +554,21 @@ def begin():
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def child_of(process):
+    return int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
+
+
 def test_sigkill(tmp_path, begin):
     """A step that died with the bridge goes on; one that outlives it is waited for."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "bridge.py", *own_data(tmp_path), "--out", str(run)]
     command += ["--arms", "cold-stage-3"]
-
-    def wait_for(condition, process):
-        while not condition():
-            assert process.poll() is None
-            time.sleep(0.02)
-
     first = begin(command, log)
     wait_for((run / "cold-student-rl/best").exists, first)
     os.killpg(first.pid, signal.SIGKILL)
@@ -542,12 +576,14 @@ def test_sigkill(tmp_path, begin):
     second = begin(command, log)
     wait_for(lambda: "goes on with this run" in log.read_text().partition("cold-stud")[2], second)
     assert "eval/student-test: done before" in log.read_text()
-    step = int(subprocess.check_output(["pgrep", "-P", str(second.pid)]))
+    step = child_of(second)
     os.kill(step, signal.SIGSTOP)
     second.kill()
     second.wait()
     third = begin(command, log)
-    wait_for(lambda: "is still at work" in log.read_text(), third)
+    wait_for(lambda: "once no step of it is at work" in log.read_text(), third)
+    time.sleep(1)
+    assert "done before" not in log.read_text() and third.poll() is None
     os.kill(step, signal.SIGCONT)
     assert third.wait() == 0
     printed = log.read_text()
@@ -556,13 +592,29 @@ def test_sigkill(tmp_path, begin):
     assert [line["step"] for line in metrics] == [1, 2]
 
 
+def test_sigterm_ends_the_step_too(tmp_path, begin):
+    """At once: the step alone would take some ten seconds."""
+    command = [sys.executable, "bridge.py", "--out", str(tmp_path / "run")]
+    process = begin(command, tmp_path / "log")
+    wait_for(lambda: "$ " in (tmp_path / "log").read_text(), process)
+    time.sleep(0.5)
+    step = child_of(process)
+    process.terminate()
+    assert process.wait() == 130
+    for _ in range(40):
+        if not Path(f"/proc/{step}").exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the step lives on")
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
 def refusal(capsys, arguments, monkeypatch, status=None):
     """The one line on stderr of a run that launches nothing, or whose first step fails."""
     launched = []
-    monkeypatch.setattr(bridge, "launch", lambda command, _: launched.append(command) or status)
+    monkeypatch.setattr(bridge, "launch", lambda command: launched.append(command) or status)
     with pytest.raises(SystemExit) as stop:
         bridge.main(arguments)
     assert stop.value.code == 2 and (launched == []) == (status is None)
@@ -582,24 +634,30 @@ def test_other_tokenizers_are_refused_before_any_training(tmp_path, capsys, monk
 
 def test_too_few_problems(tmp_path, capsys, monkeypatch):
     said = refusal(capsys, own_data(tmp_path, train=15), monkeypatch)
-    assert "too few problems: 7 + 8 labelled, 12 without, 4 for validation" in said
+    assert (
+        "too few problems: 7 labels for step 1, 8 for step 3, 4 for validation, 12 prompts" in said
+    )
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "not a JSON object"),
-        ("[1]", "not a JSON object"),
-        ('{"answer": "1"}', "no problem"),
-        ('{"problem": "1+1"}', "no answer"),
-        ('{"problem": "1+1", "answer": ""}', "no answer"),
-    ],
+    "line",
+    ["{", "[1]", '{"answer": "1"}', '{"problem": "1+1"}', '{"problem": "1+1", "answer": ""}'],
 )
-def test_bad_lines(tmp_path, capsys, monkeypatch, line, said):
+def test_bad_lines(tmp_path, capsys, monkeypatch, line):
     flags = own_data(tmp_path)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(line + "\n")
-    assert f"{tmp_path}/train.jsonl:25: {said}" in refusal(capsys, flags, monkeypatch)
+    said = f"{tmp_path}/train.jsonl:25: not a JSON object with a problem and an answer"
+    assert said in refusal(capsys, flags, monkeypatch)
+
+
+def test_a_number_is_an_answer_and_prompts_need_none(tmp_path):
+    flags = own_data(tmp_path)
+    for name, row in ("train", {"problem": "1+1", "answer": 0}), ("prompts", {"prompt": "1+1"}):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    splits = bridge.split_problems(bridge.parse_arguments(flags))
+    assert len(splits["A+B"]) == 25 and splits["PROMPTS"][-1] == {"prompt": "1+1"}
 
 
 @pytest.mark.parametrize(
