@@ -331,7 +331,9 @@ def report(args, outs, val_labels):
         costs = [models[step]["cost"] for step in steps]
         cost = {key: sum(cost[key] for cost in costs) for key in costs[0]}  # A and B share no label
         cost["validation"] = max(cost["validation"] for cost in costs)  # it is one file
-        arms[arm] = {"steps": steps, "test": models[steps[-1]]["test"], "cost": cost}
+        last = outs[steps[-1]] / ("best" if "reward" in models[steps[-1]] else "final")
+        tests = models[steps[-1]]["test"]
+        arms[arm] = {"steps": steps, "model": str(last), "test": tests, "cost": cost}
     results = {"settings": vars(args), "models": models, "arms": arms}
     table = table_of(models | {f"**{arm}**": row for arm, row in arms.items()})
     write_whole(args.out / "results.json", json.dumps(results, indent=1, default=str))
