@@ -419,7 +419,7 @@ def group_advantage(reward, kind):
 
 
 def policy_loss(logp, logp_old, advantage, mask, n_tokens):
-    """The loss of a micro-batch (n, T); n_tokens counts the whole update."""
+    """The loss of a micro-batch (n, T), advantage (n, 1); n_tokens counts the whole update."""
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # Eq. 2
     clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # (n, T)
@@ -567,7 +567,8 @@ def train(args, context):
         state["best"] = validate(model, tokenizer, val_problems, args)
         save(out / "best", model, tokenizer)
         print(f"before the first step: {MEASURE} {state['best']:.4f}")
-    # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
+    # Epoch after epoch, each in an order of its own; a longer run begins in the same way. Beside
+    # this stream, [seed, 0], there are 1 for validation and 2 for rollouts.
     rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
     order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
 
@@ -606,9 +607,10 @@ def train(args, context):
         model.train()
         entropy_sum = 0.0
         for update in rows.tensor_split(args.updates_per_step):
-            n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages over the ranks
+            n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages gradients
             for part, own, ids, keep in micro_batches(update, prompts, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)
+                # In place: the gradient overwrites the logits, so that nothing else may use them.
                 logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)
                 del logits  # else they would live on beside those of the next part
                 # 4 loss
@@ -626,14 +628,14 @@ def train(args, context):
 
         # 6 log
         counts = len(mask), int(mask.sum()), int(clipped.sum())
-        even = int((advantage == 0).sum())  # those of a group with equal rewards
+        even = int((reward == reward[:, :1]).all(1).sum())  # groups in which nobody is better
         n_rows, tokens, cut, even, right, entropy = total(*counts, even, sum(rewards), entropy_sum)
         seconds = time.monotonic() - began
         line = dict(
             step=step + 1, length=tokens / n_rows, clipped=cut / n_rows,
             grad_norm=norm, lr=lr, tokens=tokens, seconds=seconds, val=None,
             reward=right / n_rows, pass_rate=right / n_rows, kl=None, entropy=entropy / tokens,
-            zero_variance=even / n_rows, labels=min(len(problems), (step + 1) * n),
+            zero_variance=even / n, labels=min(len(problems), (step + 1) * n),
         )  # fmt: skip
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
@@ -645,10 +647,10 @@ def train(args, context):
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         files = {"metrics.jsonl": [line], "samples.jsonl": samples}
-        for name, lines in files.items() if RANK == 0 else ():
-            with (out / name).open("a", encoding="utf-8") as file:
+        for file_name, lines in files.items() if RANK == 0 else ():
+            with (out / file_name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
-                state["bytes"][name] = file.tell()
+                state["bytes"][file_name] = file.tell()
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)

@@ -347,12 +347,13 @@ def both_logits(student, teacher, prompts, ids, mask):
 
 
 def distil_loss(student_logits, teacher_logits, ids, mask, n_tokens, args):
-    """The loss of a micro-batch and its KL (n, T); n_tokens counts the whole update."""
+    """The loss of a micro-batch and its KL, or a sampled estimate of it (n, T)."""
     logits = student_logits, teacher_logits
     if args.estimator == "sampled":
         logp = token_logprob(student_logits, ids, args.temperature, inplace_backward=True)[0]
         reward = token_logprob(teacher_logits, ids, args.temperature)[0] - logp.detach()  # Eq. 3
         return -(reward * logp * mask).sum() / n_tokens, -reward * mask
+    # In place: the gradient overwrites the student's logits, so that nothing else may use them.
     kl = softmax_kl(*logits, "reverse", args.temperature, mask, inplace_backward=True)  # Eq. 1
     return kl.sum() / n_tokens, kl.detach()  # Eq. 2
 
@@ -525,7 +526,8 @@ def train(args, context):
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)
         print(f"before the first step: {MEASURE} {state['best']:.4f}")
-    # Epoch after epoch, each in an order of its own; a longer run begins in the same way.
+    # Epoch after epoch, each in an order of its own; a longer run begins in the same way. Beside
+    # this stream, [seed, 0], there are 1 for validation and 2 for rollouts.
     rng, epochs = np.random.default_rng([args.seed, 0]), args.steps * n // len(problems) + 1
     order = np.concatenate([rng.permutation(len(problems)) for _ in range(epochs)])
 
@@ -550,7 +552,7 @@ def train(args, context):
         lr *= 1 - 0.9 * max(0.0, fallen)
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages over the ranks
+        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages gradients
         for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
@@ -588,10 +590,10 @@ def train(args, context):
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         files = {"metrics.jsonl": [line], "samples.jsonl": samples}
-        for name, lines in files.items() if RANK == 0 else ():
-            with (out / name).open("a", encoding="utf-8") as file:
+        for file_name, lines in files.items() if RANK == 0 else ():
+            with (out / file_name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
-                state["bytes"][name] = file.tell()
+                state["bytes"][file_name] = file.tell()
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)

@@ -437,7 +437,7 @@ def pass_rates(student, tokenizer, problems, rng, args):
 
 
 def problem_weight(pass_rate, args):
-    """How much each problem counts, (B,)."""
+    """How much each problem counts, (problems,)."""
     if args.weights == "uniform":
         return np.ones_like(pass_rate)
     if args.weights == "filter":
@@ -477,6 +477,7 @@ def both_logits(student, teacher, problems, ids, mask):
 def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, direction, args):
     """The loss of a micro-batch and its KL (n, T); n_tokens counts the whole update."""
     logits = student_logits, teacher_logits
+    # In place: the gradient overwrites the student's logits, so that nothing else may use them.
     kl = softmax_kl(*logits, direction, args.temperature, mask, inplace_backward=True)  # Eq. 2
     return (weight * kl).sum() / n_tokens, kl.detach()  # Eq. 3
 
@@ -682,7 +683,7 @@ def train(args, context):
                 f"{zeros} of {len(problems)} problems have weight 0; effectively {ess:.0f} count"
             )
 
-        # 1 sample; [seed, 0, 0] draws what opd.py's [seed, 0] does
+        # 1 sample; [seed, 0, 0] draws what opd.py's [seed, 0] does: numpy ignores zeros at the end
         chosen = draw(kept, step - state["weighed"], [args.seed, 0, state["weighed"]], n)
         weight = (weights[chosen] / weights[chosen].mean())[RANK::WORLD].repeat(group)
         weight = torch.tensor(weight, dtype=torch.float32, device=model.device)[:, None]  # (N, 1)
@@ -702,7 +703,7 @@ def train(args, context):
         lr *= 1 - 0.9 * max(0.0, fallen)
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages over the ranks
+        kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages gradients
         for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
@@ -742,10 +743,10 @@ def train(args, context):
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         files = {"metrics.jsonl": [line], "samples.jsonl": samples}
-        for name, lines in files.items() if RANK == 0 else ():
-            with (out / name).open("a", encoding="utf-8") as file:
+        for file_name, lines in files.items() if RANK == 0 else ():
+            with (out / file_name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
-                state["bytes"][name] = file.tell()
+                state["bytes"][file_name] = file.tell()
         if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)
