@@ -29,6 +29,7 @@ import re
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def start_processes(device):
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for what is on a CPU, nccl for what is on a GPU
+    # Gloo for what is on a CPU, nccl for what is on a GPU. Some rollouts take far longer than others.
+    dist.init_process_group(timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()

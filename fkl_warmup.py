@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def start_processes(device):
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for what is on a CPU, nccl for what is on a GPU
+    # Gloo for what is on a CPU, nccl for what is on a GPU. Some rollouts take far longer than others.
+    dist.init_process_group(timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
