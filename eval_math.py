@@ -124,7 +124,7 @@ def start_processes(device):
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Gloo for what is on a CPU, nccl for what is on a GPU. Some rollouts take far longer than others.
+    # Gloo for tensors on a CPU, nccl for those on a GPU. Some rollouts take far longer than others.
     dist.init_process_group(timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
