@@ -368,7 +368,7 @@ def draw(models, arms, path):
         mean, low, high = np.array([[*next(iter(test.values())).values()] for test in tests]).T
         accuracy.errorbar(names, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=label)
     accuracy.set(title="accuracy, sampled, on the first test", ylim=(0, 1))
-    accuracy.tick_params(axis="x", rotation=30)
+    accuracy.tick_params(axis="x", rotation=90)
     reward.set(title="GRPO: mean reward of the rollouts", xlabel="updates")
     kl.set(title="dense steps: KL per token", xlabel="updates", yscale="log")
     for name, model in models.items():
@@ -377,7 +377,7 @@ def draw(models, arms, path):
                 axis.plot(*model[key], label=name)
     for axis in figure.axes:
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper right", ncols=2)
     figure.savefig(path)
 
 
