@@ -495,6 +495,7 @@ def main(argv=None):
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
+        time.sleep(1)  # for gloo's threads: one that is still busy when Python ends would abort it
 
 
 def train(args, context):

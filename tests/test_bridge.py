@@ -512,6 +512,7 @@ def same_run(one, other):
         results = json.loads((run / "results.json").read_text())
         for arm in results["arms"].values():
             arm["cost"].pop("minutes")
+            arm["model"] = Path(arm["model"]).relative_to(run)
             arm["test"] = list(arm["test"].values())
         numbers.append(results["arms"])
     assert numbers[0] == numbers[1]
