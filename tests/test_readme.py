@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,18 @@ def test_every_file_that_the_readme_names_is_there():
     made = {"metrics.jsonl"}  # of a run
     assert {path for path in named - made if not (ROOT / path).exists()} == set()
     assert {path.name for path in ROOT.glob("*.py")} <= named
+
+
+EXERCISES = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "tests/exercises.md").read_text(), re.M | re.S
+)
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_an_exercise_that_nobody_has_solved_fails_its_check(number):
+    """For its own reason: the first nine by an assertion, the last by a script's one line."""
+    assert len(EXERCISES) == 10
+    command = [sys.executable, "-c", EXERCISES[number - 1]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and last.startswith("AssertionError: " if number < 10 else "opd.py: ")
