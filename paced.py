@@ -14,7 +14,7 @@ sampled, so that whatever the weights, a step has as many rollouts; a problem's 
 --refresh-every steps. --self: the teacher is the frozen start model, which sees the answer in its
 prompt (--hint). vs opd.py: the weights, and a schedule of both directions.
 
-    python paced.py                         the pocket student: about a minute on two cores
+    python paced.py                         the pocket student: half a minute on two cores
     python paced.py --self --student Qwen/Qwen3-1.7B --data labelled.jsonl --val-data val.jsonl
 """
 
