@@ -168,17 +168,14 @@ def run(commands, out, script, *flags):
 
 def heldout_loss(model):
     """Nats a token on documents that no model has read: what a model forgets raises it."""
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(model),
-        AutoModelForCausalLM.from_pretrained(model),
-    )
-    total, tokens = 0.0, 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    model, losses, tokens = AutoModelForCausalLM.from_pretrained(model), [], []
     for text in (ROOT / "tiny/heldout.txt").read_text(encoding="utf-8").splitlines():
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    return total / tokens
+            losses.append(float(model(ids, labels=ids).loss))
+        tokens.append(ids.shape[1] - 1)
+    return np.average(losses, weights=tokens)
 
 
 def measure(commands, model, out, seed, data):
