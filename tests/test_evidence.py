@@ -77,7 +77,7 @@ def test_less_forgetting_is_ahead():
 
 
 def test_claims_name_arms_that_are_run():
-    known = {"student", *evidence.BRIDGE_ARMS, *evidence.PACED_ARMS}
+    known = {"student", *evidence.ARMS}
     texts = [text for claims in evidence.CLAIMS.values() for _, text in claims]
     assert (
         set(itertools.chain(*itertools.chain(*(evidence.comparisons(t)[0] for t in texts))))
@@ -107,8 +107,8 @@ def test_evidence_is_what_the_records_say():
 
 def test_a_smoke_run_of_two_updates(tmp_path, monkeypatch):
     """One arm of each kind; a second call finds all done."""
-    monkeypatch.setattr(evidence, "BRIDGE_ARMS", {"no-opd": {"--fkl-lr": 1e-3}})
-    monkeypatch.setattr(evidence, "PACED_ARMS", {"self paced": ("--self --weights paced", 1e-3)})
+    arms = {arm: evidence.ARMS[arm] for arm in ("no-opd", "self paced")}
+    monkeypatch.setattr(evidence, "ARMS", arms)
     monkeypatch.setattr(evidence, "CLAIMS", {"one": [("gains", "self paced > student")]})
     few = "--teacher-rl-steps 1 --fkl-steps 1 --opd-steps 1 --student-rl-steps 1".split()
     few = {"bridge.py": few, "paced.py": "--steps 2 --pass-rollouts 2".split(), "eval_math.py": []}

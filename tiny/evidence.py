@@ -33,26 +33,25 @@ ROUND = 1  # of seeds that no choice had seen
 
 # --- arms -----------------------------------------------------------------------------------------
 DENSE = {"--fkl-lr": 4e-3, "--opd-lr": 4e-3}
-BRIDGE_ARMS = {  # the learning rates by which bridge.py runs them; an arm's own are tuned for it
-    "recipe": DENSE | {"--student-rl-lr": 3e-5},
-    "bridge": DENSE,
-    "direct": {"--direct-lr": 3e-4},
-    "raw-teacher": DENSE,
-    "no-warmup": {"--opd-lr": 4e-3},
-    "no-opd": {"--fkl-lr": 4e-3},
-    "replay": DENSE | {"--replay-lr": 4e-4},
-    "more-opd": DENSE | {"--more-opd-lr": 4e-4},
-    "cold-stage-3": {"--student-rl-lr": 3e-4},
-}
-PACED_ARMS = {  # flags of paced.py, its learning rate
-    "uniform fkl": ("--weights uniform --schedule fkl", 1e-3),
-    "filter fkl": ("--weights filter --schedule fkl", 1e-3),
-    "paced fkl": ("--weights paced --schedule fkl", 1e-3),
-    "paced rkl": ("--weights paced --schedule rkl", 1e-3),
-    "paced fkl-rkl": ("--weights paced --schedule fkl-rkl", 1e-3),
-    "paced rkl-fkl": ("--weights paced --schedule rkl-fkl", 1e-3),
-    "self uniform": ("--self --weights uniform", 1e-3),
-    "self paced": ("--self --weights paced", 1e-3),
+PACED = {"--schedule": "fkl", "--lr": 1e-3}
+ARMS = {  # script, flags; the learning rates that are not the bridge's before it are the arm's own
+    "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 3e-5}),
+    "bridge": ("bridge.py", DENSE),
+    "direct": ("bridge.py", {"--direct-lr": 3e-4}),
+    "raw-teacher": ("bridge.py", DENSE),
+    "no-warmup": ("bridge.py", {"--opd-lr": 4e-3}),
+    "no-opd": ("bridge.py", {"--fkl-lr": 4e-3}),
+    "replay": ("bridge.py", DENSE | {"--replay-lr": 4e-4}),
+    "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 4e-4}),
+    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 3e-4}),
+    "uniform fkl": ("paced.py", PACED | {"--weights": "uniform"}),
+    "filter fkl": ("paced.py", PACED | {"--weights": "filter"}),
+    "paced fkl": ("paced.py", PACED),
+    "paced rkl": ("paced.py", PACED | {"--schedule": "rkl"}),
+    "paced fkl-rkl": ("paced.py", PACED | {"--schedule": "fkl-rkl"}),
+    "paced rkl-fkl": ("paced.py", PACED | {"--schedule": "rkl-fkl"}),
+    "self uniform": ("paced.py --self", PACED | {"--schedule": "rkl", "--weights": "uniform"}),
+    "self paced": ("paced.py --self", PACED | {"--schedule": "rkl"}),
 }
 GRID = (0.4, 1.0, 2.5)  # times these rates
 PAPER_DECODING = ("--temperature", 0.7, "--top-p", 0.8, "--top-k", 20)
@@ -178,37 +177,37 @@ def heldout_loss(model):
     return np.average(losses, weights=tokens)
 
 
-def measure(commands, model, out, seed, data):
-    """Accuracy in the three ways, and the loss on what the base models know."""
-    flags = ("eval_math.py", "--model", model, "--data", data, "--seed", seed)
-    outs = [run(commands, Path(f"{out}-eval"), *flags)]
-    outs.append(run(commands, Path(f"{out}-eval-paper"), *flags, *PAPER_DECODING))
-    one, two = (json.loads((path / "results.json").read_text())["metrics"] for path in outs)
-    means = {"sampled": one["avg@8"], "paper": two["avg@8"], "greedy": one["greedy"]}
-    means = {column: number["mean"] for column, number in means.items()}
-    return means | {"forgets": heldout_loss(model) - heldout_loss("tiny/student")}
+def evaluate(commands, model, data, seed, out, *decoding):
+    flags = ("--model", model, "--data", data, "--seed", seed, *decoding)
+    out = run(commands, Path(f"{out}-eval{'-paper' * bool(decoding)}"), "eval_math.py", *flags)
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
+    return metrics["avg@8"]["mean"], metrics["greedy"]["mean"]
 
 
-def bridge_arm(commands, arm, rates, out, seed, data):
-    """An arm of bridge.py, which runs once what several arms share, as they share --out."""
-    flags = [part for pair in rates.items() for part in pair]
-    flags += ["--arms", arm, "--seed", seed, "--test-data", data]
-    results = run(commands, out / "bridge", "bridge.py", *flags) / "results.json"
-    arm = json.loads(results.read_text())["arms"][arm]
-    cost = arm["cost"] | {"updates": arm["cost"]["updates"] + arm["cost"]["dense updates"]}
-    cost = {key: cost[key] for key in ("labels", "updates", "minutes")}
-    return arm["model"], cost, arm["test"][data]["avg@8"]["mean"]
+def measure(commands, model, data, seed, out):
+    """Accuracy in the three ways, and how much it has lost of what the base models know."""
+    sampled, greedy = evaluate(commands, model, data, seed, out)
+    paper, _ = evaluate(commands, model, data, seed, out, *PAPER_DECODING)
+    forgets = heldout_loss(model) - heldout_loss("tiny/student")
+    return {"sampled": sampled, "paper": paper, "greedy": greedy, "forgets": forgets}
 
 
-def paced_arm(commands, arm, rate, out, seed):
-    """An arm of paced.py: its model and cost. The teacher is the one of the bridge."""
-    flags = ["--lr", rate, "--seed", seed, *PACED_ARMS[arm][0].split()]
-    if "--self" not in flags:
-        flags += ["--teacher", out / "bridge/1-teacher-rl/best"]
-    out = run(commands, out / f"{arm.replace(' ', '-')}-{rate:.2g}", "paced.py", *flags)
+def train(commands, arm, flags, out, seed, data):
+    """An arm's model and cost. What arms of bridge.py share runs once, because they share --out."""
+    script, own = ARMS[arm][0].split(), [part for pair in flags.items() for part in pair]
+    if script == ["bridge.py"]:
+        flags = ("--arms", arm, "--seed", seed, "--test-data", data)
+        out = run(commands, out / "bridge", *script, *own, *flags)
+        arm = json.loads((out / "results.json").read_text())["arms"][arm]
+        cost = {key: arm["cost"][key] for key in ("labels", "updates", "minutes")}
+        return arm["model"], cost | {"updates": cost["updates"] + arm["cost"]["dense updates"]}
+    teacher = () if "--self" in script else ("--teacher", out / "bridge/1-teacher-rl/best")
+    name = f"{arm.replace(' ', '-')}-{flags['--lr']:.2g}"
+    out = run(commands, out / name, *script, *own, *teacher, "--seed", seed)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    cost = {"labels": lines[-1]["labels"], "updates": lines[-1]["step"]}
-    return out / "final", cost | {"minutes": sum(line["seconds"] for line in lines) / 60}
+    minutes = sum(line["seconds"] for line in lines) / 60
+    cost = {"labels": lines[-1]["labels"], "updates": lines[-1]["step"], "minutes": minutes}
+    return out / "final", cost
 
 
 def run_seed(seed, out, data, results):
@@ -217,13 +216,10 @@ def run_seed(seed, out, data, results):
     if target.exists() and json.loads(target.read_text())["code"] == code_hash():
         return
     arms = {"student": {"labels": 0, "updates": 0, "minutes": 0.0}}
-    arms["student"] |= measure(commands, "tiny/student", out / "student", seed, data)
-    for arm in [*BRIDGE_ARMS, *PACED_ARMS]:
-        if arm in BRIDGE_ARMS:
-            model, cost, _ = bridge_arm(commands, arm, BRIDGE_ARMS[arm], out, seed, data)
-        else:
-            model, cost = paced_arm(commands, arm, PACED_ARMS[arm][1], out, seed)
-        arms[arm] = cost | measure(commands, model, out / arm.replace(" ", "-"), seed, data)
+    arms["student"] |= measure(commands, "tiny/student", data, seed, out / "student")
+    for arm, (_, flags) in ARMS.items():
+        model, cost = train(commands, arm, flags, out, seed, data)
+        arms[arm] = cost | measure(commands, model, data, seed, out / arm.replace(" ", "-"))
         print(f"seed {seed}, {arm}: {arms[arm]['sampled']:.3f}", flush=True)
     record = {"seed": seed, "code": code_hash(), "commands": commands, "arms": arms}
     results.mkdir(parents=True, exist_ok=True)
@@ -233,20 +229,15 @@ def run_seed(seed, out, data, results):
 
 def tune_seed(seed, out, data):
     """{arm: its sampled accuracy at each point of the grid}."""
-    scores = {arm: [] for arm in [*BRIDGE_ARMS, *PACED_ARMS]}
-    for arm, factor in itertools.product(scores, GRID):
-        if arm in BRIDGE_ARMS:
-            rates = BRIDGE_ARMS[arm]
-            own = set(rates) - set(DENSE) or set(rates)
-            tried = {flag: rate * factor if flag in own else rate for flag, rate in rates.items()}
-            score = bridge_arm([], arm, tried, out, seed, data)[2]
-        else:
-            model, _ = paced_arm([], arm, PACED_ARMS[arm][1] * factor, out, seed)
-            flags = ("--model", model, "--data", data, "--seed", seed)
-            results = run([], Path(f"{model.parent}-eval"), "eval_math.py", *flags) / "results.json"
-            score = json.loads(results.read_text())["metrics"]["avg@8"]["mean"]
-        scores[arm].append(score)
-        print(f"seed {seed}, {arm}, {factor} x: {score:.3f}", flush=True)
+    scores = {arm: [] for arm in ARMS}
+    for (arm, (_, flags)), factor in itertools.product(ARMS.items(), GRID):
+        rates = {flag: rate for flag, rate in flags.items() if flag.endswith("lr")}
+        own = set(rates) - set(DENSE) or rates
+        tried = flags | {flag: rates[flag] * factor for flag in own}
+        model, _ = train([], arm, tried, out, seed, data)
+        place = out / f"{arm.replace(' ', '-')}-{factor}"
+        scores[arm].append(evaluate([], model, data, seed, place)[0])
+        print(f"seed {seed}, {arm}, {factor} x: {scores[arm][-1]:.3f}", flush=True)
     return scores
 
 
@@ -305,8 +296,8 @@ def tuning(seeds, scores):
         best = int(np.argmax(np.mean(cells, 1)))
         cells = [", ".join(f"{score:.3f}" for score in cell) for cell in cells]
         cells[best] = f"**{cells[best]}**"
-        rates = BRIDGE_ARMS[arm] if arm in BRIDGE_ARMS else {"--lr": PACED_ARMS[arm][1]}
-        rows.append([arm, " ".join(f"{flag} {rate:g}" for flag, rate in rates.items()), *cells])
+        rates = [f"{flag} {rate}" for flag, rate in ARMS[arm][1].items() if flag.endswith("lr")]
+        rows.append([arm, " ".join(rates), *cells])
     numbers = " ".join(map(str, seeds))
     head = ["arm", "rates", *(f"{factor} x" for factor in GRID)]
     return f"""# Tuning
