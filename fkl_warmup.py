@@ -162,7 +162,7 @@ def unsharded(model):
         layer.unshard()
     yield
     for layer in layers:
-        layer.set_reshard_after_forward(True, recurse=False)
+        layer.set_reshard_after_forward(layer is not model, recurse=False)  # as FSDP2 begins
         layer.reshard()
 
 
@@ -460,6 +460,8 @@ def save(path, model, tokenizer, optimizer=None, state=None):
         moments = state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if RANK:
         return
+    if model.config.tie_word_embeddings:  # FSDP2 gathers both names of one weight
+        weights.pop("lm_head.weight", None)
     new, old = path.with_suffix(".new"), path.with_suffix(".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -542,6 +544,9 @@ def train(args, context):
         path = out / "checkpoint/optimizer.pt"
         moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state_dict.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+        for own in optimizer.state.values():  # copies, so that the mapped file can go
+            own.update({key: value.clone() for key, value in own.items()})
+        del moments
     elif out:
         state["best"] = validate(model, teacher, val_problems, args)
         save(out / "best", model, tokenizer)

@@ -162,6 +162,8 @@ def test_rank_0_writes_one_ordinary_model_and_talks_alone(name, runs):
     for folder in ("best", "final", "checkpoint"):
         models = [AutoModelForCausalLM.from_pretrained(path / folder) for path in (one, two)]
         assert type(models[0]) is type(models[1])
+        sizes = [(path / folder / "model.safetensors").stat().st_size for path in (one, two)]
+        assert sizes[0] == sizes[1]  # a tied weight stands there once
         states = [model.state_dict() for model in models]
         assert states[0].keys() == states[1].keys()
         for key in states[0]:
