@@ -247,6 +247,7 @@ def launch(command):
             return process.wait()
         finally:
             process.terminate()  # where it has not ended because we are stopped
+            process.wait()  # else it would outlive us, if only by a moment
 
 
 def run(args, name, script, flags):
