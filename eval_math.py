@@ -586,7 +586,7 @@ def main(argv=None):
             regrade(args.regrade, args)
         else:
             evaluate(args, context)
-    except (OSError, ImportError) as error:  # no such model, no such file, no room, no matplotlib
+    except (OSError, ImportError, dist.DistError) as error:  # no model, file, matplotlib, port
         fail(str(error).strip().splitlines()[0])
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes

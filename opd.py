@@ -477,7 +477,7 @@ def show(tokenizer, completion_ids, signal, name):
 def main(argv=None):
     try:
         train(*parse_arguments(argv))
-    except OSError as error:  # no such model, no such file, no room
+    except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
         fail(str(error).splitlines()[0])
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,6 +219,19 @@ def test_what_ends_a_job_is_one_line(runs, tmp_path):
     done = torchrun("grpo", arguments, tmp_path / "a.pt", "no data")
     assert len(told(done)) == 1 and "gone.jsonl" in told(done)[0]
     assert done.returncode != 0 and not (tmp_path / "run/best").exists()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "eval_math"])
+def test_a_port_in_use_is_one_line(name, tmp_path):
+    """Of processes that something else than torchrun has started; torchrun would say it itself."""
+    with socket.create_server(("", 0)) as server:
+        port = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        environment = os.environ | port | {"RANK": "0", "WORLD_SIZE": "2"}
+        command = [sys.executable, f"{name}.py", "--device", "cpu", "--out", tmp_path / "run"]
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, timeout=60, **options)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{name}.py: ") and "address already in use" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["grpo", "opd"])
