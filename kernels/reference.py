@@ -16,7 +16,7 @@ the KL or entropy, and computes everything else again, a few rows at a time.
 
 import torch
 
-CHUNK = 1 << 18  # logits at once, at least a row: bounds the memory, and stays in the cache
+CHUNK = 1 << 17  # logits at once, at least a row: bounds the memory, and stays in the cache
 
 
 def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
@@ -24,19 +24,20 @@ def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(mask, student):
         log_p, log_q = log_softmax(p, rows, temperature), log_softmax(q, rows, temperature)
-        kl[rows] = weighted(log_p.exp(), log_p.sub_(log_q)).sum(-1)
+        kl[rows] = weighted(log_p.exp(), log_p.sub_(log_q))[1]
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
     """Writes scale · τ ∂KL/∂z into grad, for the student's z; 0 where the scale is."""
     grad.index_fill_(0, (scale == 0).nonzero()[:, 0], 0)
     for rows in chunks(scale != 0, student):
-        log_s, log_t = (log_softmax(z, rows, temperature) for z in (student, teacher))
-        s = log_s.exp()
         if direction == "reverse":
-            dz = weighted(s, log_s.sub_(log_t).sub_(kl[rows, None]))
+            log_s, log_t = (log_softmax(z, rows, temperature) for z in (student, teacher))
+            s = log_s.exp()
+            dz, _ = weighted(s, log_s.sub_(log_t).sub_(kl[rows, None]))
         else:
-            dz = s - log_t.exp_()
+            s = log_softmax(student, rows, temperature, torch.softmax)  # spares an exp
+            dz = s - log_softmax(teacher, rows, temperature, torch.softmax)
         grad[rows] = balanced(dz, s).mul_(scale[rows, None])
 
 
@@ -45,7 +46,7 @@ def logprob_forward(logp, entropy, lse, logits, ids, temperature):
     for rows in chunks(torch.ones_like(ids, dtype=torch.bool), logits):
         log_p = log_softmax(logits, rows, temperature)
         logp[rows] = log_p.gather(-1, ids[rows, None])[:, 0]
-        entropy[rows] = -weighted(log_p.exp(), log_p).sum(-1)
+        entropy[rows] = -weighted(log_p.exp(), log_p)[1]
 
 
 def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, temperature):
@@ -56,20 +57,27 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, t
         log_p, g_one = log_softmax(logits, rows, temperature), g_logp[rows, None]
         p = log_p.exp()
         x = log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_one)
-        grad[rows] = balanced(weighted(p, x).scatter_add_(-1, ids[rows, None], g_one), p)
+        dz, _ = weighted(p, x)
+        grad[rows] = balanced(dz.scatter_add_(-1, ids[rows, None], g_one), p)
 
 
-def log_softmax(logits, rows, temperature):
+def log_softmax(logits, rows, temperature, function=torch.log_softmax):
+    """Of these rows of logits / τ, in fp32; or another function of them, the softmax."""
     chunk = logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)
-    log_p = chunk.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    # Divided after a first log_softmax, which centres them: an offset would cost them digits.
-    return log_p if temperature == 1 else log_p.div_(temperature).log_softmax(-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if temperature != 1:  # centred before they are divided: an offset would cost them digits
+        chunk = chunk.log_softmax(-1, dtype=dtype).div_(temperature)
+    return function(chunk, -1, dtype=dtype)
 
 
 def weighted(p, x):
-    """p · x, but 0 where p is 0 and x infinite: a guard so slow that it waits to be needed."""
+    """p · x and its sum a row; 0 where p is 0 and x infinite, a guard so slow that it waits."""
     product = p * x
-    return p * x.masked_fill(p == 0, 0) if product.sum().isnan() else product
+    total = product.sum(-1)
+    if total.isnan().any():
+        product = p * x.masked_fill(p == 0, 0)
+        total = product.sum(-1)
+    return product, total
 
 
 def balanced(dz, p):
