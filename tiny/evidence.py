@@ -30,23 +30,23 @@ RECORDS = ROOT / "tiny/evidence"
 DENSE = {"--fkl-lr": 4e-3, "--opd-lr": 4e-3}
 PACED = {"--schedule": "fkl", "--lr": 1e-3}
 ARMS = {  # script, flags; the learning rates that are not the bridge's before it are the arm's own
-    "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 3e-5}),
+    "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 1.2e-5}),
     "bridge": ("bridge.py", DENSE),
-    "direct": ("bridge.py", {"--direct-lr": 3e-4}),
-    "raw-teacher": ("bridge.py", DENSE),
+    "direct": ("bridge.py", {"--direct-lr": 1.2e-4}),
+    "raw-teacher": ("bridge.py", {"--fkl-lr": 6.4e-4, "--opd-lr": 6.4e-4}),
     "no-warmup": ("bridge.py", {"--opd-lr": 4e-3}),
     "no-opd": ("bridge.py", {"--fkl-lr": 4e-3}),
-    "replay": ("bridge.py", DENSE | {"--replay-lr": 4e-4}),
-    "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 4e-4}),
-    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 3e-4}),
-    "uniform-fkl": ("paced.py", PACED | {"--weights": "uniform"}),
+    "replay": ("bridge.py", DENSE | {"--replay-lr": 2.56e-5}),
+    "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 1.6e-4}),
+    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 1.2e-4}),
+    "uniform-fkl": ("paced.py", PACED | {"--lr": 2.5e-3, "--weights": "uniform"}),
     "filter-fkl": ("paced.py", PACED | {"--weights": "filter"}),
     "paced-fkl": ("paced.py", PACED),
-    "paced-rkl": ("paced.py", PACED | {"--schedule": "rkl"}),
+    "paced-rkl": ("paced.py", PACED | {"--schedule": "rkl", "--lr": 2.5e-3}),
     "paced-fkl-rkl": ("paced.py", PACED | {"--schedule": "fkl-rkl"}),
-    "paced-rkl-fkl": ("paced.py", PACED | {"--schedule": "rkl-fkl"}),
+    "paced-rkl-fkl": ("paced.py", PACED | {"--schedule": "rkl-fkl", "--lr": 2.5e-3}),
     "self-uniform": ("paced.py --self", PACED | {"--schedule": "rkl", "--weights": "uniform"}),
-    "self-paced": ("paced.py --self", PACED | {"--schedule": "rkl"}),
+    "self-paced": ("paced.py --self", PACED | {"--schedule": "rkl", "--lr": 2.5e-3}),
 }
 GRID = (0.4, 1.0, 2.5)  # times these rates
 PAPER, PAPER_DECODING = "0.7 / 0.8 / 20", "--temperature 0.7 --top-p 0.8 --top-k 20".split()
