@@ -223,7 +223,7 @@ def place(args, name, script, flags):
     here, record = Path(__file__).parent, args.out / "bridge.json"
     code = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
     used = flags | {path.name: fingerprint(path) for path in code}
-    for path in map(Path, map(str, flags.values())):
+    for path in (Path(str(value)) for flag, value in flags.items() if flag != "--preset"):
         files = (file for file in (path, *path.glob("*")) if file.is_file())
         used |= {str(file): fingerprint(file) for file in files}
     known = json.loads(record.read_text()) if record.exists() else {}

@@ -548,7 +548,7 @@ def train(args, context):
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
         prompts = [problem["ids"] for problem in batch]
-        rows = torch.arange(len(batch), device=model.device)
+        rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]

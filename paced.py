@@ -699,7 +699,7 @@ def train(args, context):
         rng, direction = np.random.default_rng([args.seed, 2, step, RANK]), direction_at(step, args)
         completion_ids, mask, clipped = sample(model, teacher, batch, direction, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
-        rows = torch.arange(len(batch), device=model.device)
+        rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
