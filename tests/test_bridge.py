@@ -455,6 +455,22 @@ def test_what_is_the_same_step_under_two_names_is_run_once(again, capsys):
     assert launched == [] and printed.count("done before, in") == 2 + 2 * 4
 
 
+def test_what_stands_beside_the_data_is_no_reason_to_run_anew(tmp_path, monkeypatch):
+    """There is a folder of the preset's name."""
+    monkeypatch.chdir(tmp_path)
+    args, flags = (
+        types.SimpleNamespace(out=tmp_path),
+        {"--preset": "tiny", "--data": "tiny/a.jsonl"},
+    )
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/a.jsonl").write_text("1")
+    assert bridge.place(args, "2b-opd", "opd.py", flags) == "2b-opd"
+    (tmp_path / "tiny/README.md").write_text("new")
+    assert bridge.place(args, "2b-opd", "opd.py", flags) == "2b-opd"
+    (tmp_path / "tiny/a.jsonl").write_text("2")
+    assert bridge.place(args, "2b-opd", "opd.py", flags) == "2b-opd@2"
+
+
 def test_other_data_run_anew(whole, again, capsys):
     flags, launched = again
     train = whole[0].parent / "train.jsonl"
