@@ -191,6 +191,14 @@ def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(name, r
         assert len(torch.load(tmp_path / "b.pt", weights_only=True)) == 2
         # paced.py's schedule turns at half of the steps: 4 here, as in the whole run, from step 2.
         close(*(lines_of(p / "metrics.jsonl")[2:] for p in (out, tmp_path / "whole")), 1e-3)
+        states = [
+            torch.load(path / "checkpoint/optimizer.pt", weights_only=True)["state"]
+            for path in (out, tmp_path / "whole")
+        ]
+        assert states[0].keys() == states[1].keys()
+        for key, state in states[1].items():
+            assert float(states[0][key]["step"]) == float(state["step"]) == 4
+            assert torch.allclose(states[0][key]["exp_avg"], state["exp_avg"], atol=1e-4), key
 
 
 def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(runs, tmp_path):
