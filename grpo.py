@@ -205,6 +205,9 @@ def render(text, tokenizer, args):
 
 def load_problems(source, tokenizer, args, context):
     """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    there = gather(Path(source).exists())
+    if any(there) and not all(there):
+        fail(f"{source} is there for some processes only, not for rank {there.index(False)}")
     problems = []
     for where, row in read_rows(source):
         text = row.get("problem") or row.get("question") or row.get("prompt")
