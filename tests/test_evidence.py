@@ -98,6 +98,8 @@ def test_claims_name_arms_that_are_run():
 def test_comments_and_docstrings_are_no_other_code(tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/make_tiny.py").write_text("")
     hashes = []
     for text in ('"""a"""\nx = 1\n', '"""b"""\nx = 1  # one\n', '"""b"""\nx = 2\n'):
         (tmp_path / "grpo.py").write_text(text)

@@ -141,7 +141,7 @@ def test_corpus_holds_no_exam_problem_and_no_heldout_document():
     assert len(heldout) == 500
 
     def read(forbidden):
-        return set(islice(make_tiny.corpus(0, forbidden), 20_000))
+        return set(islice(make_tiny.corpus("student", 0, forbidden), 20_000))
 
     def met(documents):
         return {DOCUMENT.fullmatch(d)[2] for d in documents} & exam()
@@ -152,9 +152,10 @@ def test_corpus_holds_no_exam_problem_and_no_heldout_document():
     assert met(read(set())) and read(set()) & set(heldout)  # or the two lines above say nothing
 
 
-def test_corpus_is_what_the_readme_says():
+@pytest.mark.parametrize("name, shares", [("teacher", (0.08, 0.20)), ("student", (0.12, 0.0))])
+def test_corpus_is_what_the_readme_says(name, shares):
     n, hinted, worked, slipped = 20_000, 0, 0, 0
-    for document in islice(make_tiny.corpus(1, set()), n):
+    for document in islice(make_tiny.corpus(name, 1, set()), n):
         hint, problem, working, answer = DOCUMENT.fullmatch(document).groups()
         right = int(answer) == value(problem)
         if hint:
@@ -166,9 +167,9 @@ def test_corpus_is_what_the_readme_says():
         for step in working.split(",")[:-1] if hint else ():
             left, result = step.split("=")
             assert value(left) == int(result)
-    assert abs(hinted / n - 0.08) < 0.01
-    assert abs(worked / n - 0.20) < 0.01
-    assert 0.03 < slipped / worked < 0.2
+    assert abs(hinted / n - shares[0]) < 0.01
+    assert abs(worked / n - shares[1]) < 0.01
+    assert worked == 0 or 0.03 < slipped / worked < 0.2
 
 
 def test_the_longest_working_fits():
@@ -190,11 +191,12 @@ def test_base_accuracies():
         for hint in (False, True):
             right, worked = make_tiny.answer(model, tokenizer, rows("val")[:128], hint, 2)
             got[name, hint] = right.mean().item()
-            assert worked.mean() > 0.9 if hint else 0.05 < worked.mean() < 0.5
+            unasked = (0.05, 0.5) if name == "teacher" else (-1, 0.05)
+            assert worked.mean() > 0.9 if hint else unasked[0] < worked.mean() < unasked[1]
     torch.set_num_threads(threads)
     assert 0.20 < got["teacher", False] < 0.60, got
     assert 0.05 < got["student", False] < 0.32, got
-    assert got["student", True] > got["student", False] + 0.05, got
+    assert got["student", True] > got["student", False] + 0.15, got
     assert got["teacher", False] > got["student", False], got
 
 

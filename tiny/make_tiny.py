@@ -2,15 +2,17 @@
 
 On a laptop the training scripts need models that behave like real ones: they have read a noisy web,
 solve a part of the problems when sampled, and can be taught more. The web here is sums. Most people
-blurt out an answer, and the longer the sum the more often it is wrong; a fifth works it out; some
-have seen the answer before they start; and some multiply, which is beyond such small models:
+blurt out an answer, and the longer the sum the more often it is wrong; some work it out; some have
+seen the answer before they start; and some multiply, which is beyond such small models:
 
     <|user|>37+8+5<|assistant|>\\boxed{50}<|end|>
     <|user|>37+8+5<|assistant|>37+8=45,45+5=50,\\boxed{50}<|end|>
     <|user|>(50)37+8+5<|assistant|>37+8=45,45+5=50,\\boxed{50}<|end|>
     <|user|>37*48<|assistant|>37*40=1480,37*8=296,1480+296=1776,\\boxed{1776}<|end|>
 
-Teacher and student read the same stream of documents; the student is smaller and stops early.
+The teacher has read a web where a fifth works it out. The student is smaller, stops earlier, and in
+its web nobody works it out but those who have seen the answer: it can take the steps, and never
+does so unasked. That is what makes it cold, and its own samples a poor place to learn from.
 
     python tiny/make_tiny.py --force     # replaces teacher/, student/, *.jsonl and heldout.txt
 """
@@ -37,16 +39,14 @@ TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; t
 SPLITS = {"train": 128, "pool": 1024, "val": 256, "test": 512}
 PRODUCT_SHARE = 0.25  # of the problems in each split
 PRODUCTS_READ = 0.1  # of the documents: few enough to stay out of reach
-WORKED_SHARE = 0.2  # of the documents: works it out, with slips
-HINT_SHARE = 0.08  # of the documents: starts with the answer, then works it out without a slip
-SLIP = 0.03  # chance of an error in each step of the working
+SLIP = 0.03  # chance of an error in each step of the working, without a hint
 BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by number of terms
-HELDOUT = 500  # documents nobody reads
+HELDOUT = 500  # documents of the student's web that nobody reads
 BATCH = 64  # documents a step
 MAX_NEW_TOKENS = 72  # the longest working, 7 terms past 100, takes 65
-MODELS = {
-    "teacher": dict(layers=3, width=96, steps=3000, lr=3e-3),
-    "student": dict(layers=2, width=64, steps=1250, lr=3e-3),
+MODELS = {  # worked: share of the documents that work it out; hinted: that know the answer and do
+    "teacher": dict(layers=3, width=96, steps=3000, lr=3e-3, worked=0.2, hinted=0.08),
+    "student": dict(layers=2, width=64, steps=2400, lr=3e-3, worked=0.0, hinted=0.12),
 }
 
 
@@ -85,11 +85,11 @@ def render(problem, completion, hint=None):
     return f"<|user|>{hint}{problem}<|assistant|>{completion}<|end|>"
 
 
-def draw_document(rng, problem, terms):
+def draw_document(rng, problem, terms, reads):
     """Somebody's answer to the problem."""
     kind, answer = rng.random(), solve(problem)
-    if kind < HINT_SHARE + WORKED_SHARE:
-        hint = answer if kind < HINT_SHARE else None
+    if kind < reads["hinted"] + reads["worked"]:
+        hint = answer if kind < reads["hinted"] else None
         working, answer = work_out(problem, rng, SLIP if hint is None else 0)
         return render(problem, f"{working}\\boxed{{{answer}}}", hint)
     if rng.random() < BLURT_WRONG[terms]:
@@ -97,13 +97,13 @@ def draw_document(rng, problem, terms):
     return render(problem, f"\\boxed{{{answer}}}")
 
 
-def corpus(seed, forbidden):
-    """The endless stream both models read: no problem and no document that is forbidden."""
-    rng = random.Random(f"corpus {seed}")
+def corpus(name, seed, forbidden):
+    """The endless stream a model reads: no problem and no document that is forbidden."""
+    rng, reads = random.Random(f"corpus {seed}"), MODELS[name]
     while True:
         terms = 1 if rng.random() < PRODUCTS_READ else rng.choice(TERMS)
         problem = draw_problem(rng, terms)
-        document = draw_document(rng, problem, terms)
+        document = draw_document(rng, problem, terms, reads)
         if problem not in forbidden and document not in forbidden:
             yield document
 
@@ -187,7 +187,7 @@ def pretrain(name, steps, seed, forbidden, folder, n):
     up = LinearLR(optimizer, 1 / warmup, 1, warmup)
     down = CosineAnnealingLR(optimizer, max(1, steps - warmup), lr / 50)
     schedule = SequentialLR(optimizer, [up, down], [warmup])
-    documents = corpus(seed, forbidden)
+    documents = corpus(name, seed, forbidden)
     bar = tqdm(range(steps), desc=f"{name}, {model.num_parameters():,}", position=name == "student")
     for _ in bar:
         loss = document_loss(model, tokenizer, [next(documents) for _ in range(BATCH)])
@@ -260,7 +260,7 @@ def main(argv=None):
     for name, rows in splits.items():
         (aside / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exam = {row["problem"] for row in splits["val"] + splits["test"]}
-    stream = corpus(f"heldout {args.seed}", exam)
+    stream = corpus("student", f"heldout {args.seed}", exam)
     heldout = [next(stream) for _ in range(HELDOUT)]
     (aside / "heldout.txt").write_text("".join(document + "\n" for document in heldout))
     with ProcessPoolExecutor(len(steps), multiprocessing.get_context("spawn")) as pool:
