@@ -28,25 +28,26 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "tiny/evidence"
 DENSE = {"--fkl-lr": 4e-3, "--opd-lr": 4e-3}
-PACED = {"--schedule": "fkl", "--lr": 2.5e-3}
+PACED = {"--schedule": "fkl", "--lr": 2.5e-3, "--refresh-every": 25}
+RKL = PACED | {"--schedule": "rkl"}
 ARMS = {  # script, flags; the learning rates that are not the bridge's before it are the arm's own
-    "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 1.2e-4}),
+    "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 4.8e-5}),
     "bridge": ("bridge.py", DENSE),
-    "direct": ("bridge.py", {"--direct-lr": 3e-4}),
+    "direct": ("bridge.py", {"--direct-lr": 1.2e-4}),
     "raw-teacher": ("bridge.py", {"--fkl-lr": 1.6e-3, "--opd-lr": 1.6e-3}),
     "no-warmup": ("bridge.py", {"--opd-lr": 1.6e-3}),
-    "no-opd": ("bridge.py", {"--fkl-lr": 4e-3}),
+    "no-opd": ("bridge.py", {"--fkl-lr": 1e-2}),
     "replay": ("bridge.py", DENSE | {"--replay-lr": 6.4e-5}),
     "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 1.6e-4}),
-    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 3e-4}),
-    "uniform-fkl": ("paced.py", PACED | {"--weights": "uniform"}),
+    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 1.2e-4}),
+    "uniform-fkl": ("paced.py", PACED | {"--lr": 6.25e-3, "--weights": "uniform"}),
     "filter-fkl": ("paced.py", PACED | {"--weights": "filter"}),
     "paced-fkl": ("paced.py", PACED),
-    "paced-rkl": ("paced.py", PACED | {"--schedule": "rkl"}),
+    "paced-rkl": ("paced.py", RKL),
     "paced-fkl-rkl": ("paced.py", PACED | {"--schedule": "fkl-rkl"}),
     "paced-rkl-fkl": ("paced.py", PACED | {"--schedule": "rkl-fkl"}),
-    "self-uniform": ("paced.py --self", PACED | {"--schedule": "rkl", "--weights": "uniform"}),
-    "self-paced": ("paced.py --self", PACED | {"--schedule": "rkl"}),
+    "self-uniform": ("paced.py --self", RKL | {"--lr": 6.25e-3, "--weights": "uniform"}),
+    "self-paced": ("paced.py --self", RKL | {"--lr": 6.25e-3}),
 }
 GRID = (0.4, 1.0, 2.5)  # times these rates
 PAPER, PAPER_DECODING = "0.7 / 0.8 / 20", "--temperature 0.7 --top-p 0.8 --top-k 20".split()
@@ -286,9 +287,8 @@ def main(argv=None):
     with ProcessPoolExecutor(args.jobs) as pool:  # loading a model is not safe in threads
         scores = list(pool.map(tune_seed if args.tune else run_seed, args.seeds))
     if args.tune:
-        (ROOT / "tiny/TUNING.md").write_text(
-            tuning(" ".join(map(str, args.seeds)), scores), encoding="utf-8"
-        )
+        text = tuning(" ".join(map(str, args.seeds)), scores)
+        (ROOT / "tiny/TUNING.md").write_text(text, encoding="utf-8")
         return
     seeds = [json.loads((RECORDS / f"seed-{seed}.json").read_text()) for seed in args.seeds]
     (ROOT / "tiny/EVIDENCE.md").write_text(evidence(seeds), encoding="utf-8")
