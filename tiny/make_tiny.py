@@ -44,7 +44,7 @@ BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by 
 HELDOUT = 500  # documents of the student's web that nobody reads
 BATCH = 64  # documents a step
 MAX_NEW_TOKENS = 72  # the longest working, 7 terms past 100, takes 65
-MODELS = {  # worked: share of the documents that work it out; hinted: that know the answer and do
+MODELS = {  # worked, hinted: shares of the documents that work it out, unasked or from the answer
     "teacher": dict(layers=3, width=96, steps=3000, lr=3e-3, worked=0.2, hinted=0.08),
     "student": dict(layers=2, width=64, steps=2400, lr=3e-3, worked=0.0, hinted=0.12),
 }
