@@ -36,11 +36,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 # --- the recipe -----------------------------------------------------------------------------------
 
 SETTINGS = {  # flag: tiny models (tiny/TUNING.md); the paper's (steps ours; None: the script's)
-    "--teacher-rl-steps": (8, 100),  # tiny: short of its ceiling, which leaves step 3 something
+    "--teacher-rl-steps": (10, 100),  # tiny: short of its ceiling, which leaves step 3 something
     "--teacher-rl-lr": (3e-4, None),
-    "--fkl-steps": (25, 100),
-    "--fkl-lr": (4e-3, None),
-    "--opd-steps": (125, 100),
+    "--fkl-steps": (50, 100),
+    "--fkl-lr": (1e-2, None),
+    "--opd-steps": (60, 100),
     "--opd-lr": (4e-3, None),
     "--student-rl-steps": (20, 100),
     "--student-rl-lr": (4.8e-5, None),

@@ -8,6 +8,10 @@ validation or checkpoint. Both start from the same weights and have the same pro
 order, number of rollouts, sampling, loss, learning rate, fp32 and threads. Their random draws
 differ, so mean length and reward (or KL) stand beside the seconds. TRL recomputes no activations
 and scores a step's rollouts at once (--trl-micro-batch); a round's first step is not counted.
+
+grpo.py trains the pocket teacher. opd.py has the models that bridge.py hands it, a teacher after RL
+and a student after the warmup, which are made first: the pocket student itself writes six tokens a
+problem, so that a step would hardly be more than its overheads.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import fkl_warmup
 import grpo
 import opd
 
@@ -44,9 +49,9 @@ parser.add_argument("--steps", type=int, default=4, help="the timed steps of a r
 parser.add_argument("--lr", type=float, default=3e-4, help="constant; low: lengths stay alike")
 parser.add_argument("--trl-micro-batch", type=int, default=256)
 parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not those of the clock")
-SETTINGS = {  # model, problems, how many of them a step, completions of each
-    grpo: ("tiny/teacher", "tiny/train.jsonl", 32, 8),
-    opd: ("tiny/student", "tiny/prompts.jsonl", 128, 1),
+SETTINGS = {  # problems, how many of them a step, completions of each
+    grpo: ("tiny/train.jsonl", 32, 8),
+    opd: ("tiny/prompts.jsonl", 128, 1),
 }
 
 
@@ -69,8 +74,17 @@ def timed(begins, lengths, signals):
     return list(zip(seconds, lengths, signals, strict=False))[1:]
 
 
-def ours(script, seed, args, now):
-    _, data, prompts, group = SETTINGS[script]
+def recipe_models(folder):
+    """The teacher after step 1 of the recipe and the student after step 2a."""
+    teacher, student = folder / "1-teacher-rl", folder / "2a-fkl"
+    grpo.main(["--steps=10", f"--out={teacher}"])
+    flags = ["--steps=50", "--lr=1e-2", "--lr-decay=0"]
+    fkl_warmup.main([f"--teacher={teacher}/best", *flags, f"--out={student}"])
+    return f"{teacher}/best", f"{student}/final"
+
+
+def ours(script, model, teacher, seed, args, now):
+    data, prompts, group = SETTINGS[script]
     begins, rollout = [], script.rollout
 
     def clocked(*arguments):
@@ -80,7 +94,7 @@ def ours(script, seed, args, now):
     flags = dict(data=data, prompts_per_step=prompts, samples_per_prompt=group, lr=args.lr)
     flags |= dict(max_new_tokens=args.max_new_tokens, steps=args.steps + 2, device="cpu")
     flags |= dict(seed=seed, warmup_steps=0, val_every=10**9, save_every=10**9)
-    flags |= dict(lr_decay=0) if script is opd else {}
+    flags |= dict(student=model, teacher=teacher, lr_decay=0) if script is opd else {}
     with quiet() as folder:
         (folder / "val.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n', encoding="utf-8")
         flags |= dict(val_data=folder / "val.jsonl", out=folder / "run")
@@ -96,8 +110,8 @@ def ours(script, seed, args, now):
     return timed(begins[1:-1], [line["length"] for line in lines], signals)
 
 
-def theirs(script, seed, args, now):
-    model, data, prompts, group = SETTINGS[script]
+def theirs(script, model, teacher, seed, args, now):
+    data, prompts, group = SETTINGS[script]
     begins, steps = [], args.steps + 2
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = dict(prompt_suffix="", thinking=False, max_new_tokens=args.max_new_tokens)
@@ -132,11 +146,33 @@ def theirs(script, seed, args, now):
             trainer = GRPOTrainer(model, reward, config, **common)
         else:  # beta 1 is the reverse KL
             config = DistillationConfig(str(folder), beta=1.0, **options)
-            trainer = DistillationTrainer(model, "tiny/teacher", config, **common)
+            trainer = DistillationTrainer(model, teacher, config, **common)
         trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     signals = [line["reward"] if script is grpo else line["loss"] for line in lines]
     return timed(begins, [line["completions/mean_length"] for line in lines], signals)
+
+
+def compare(script, model, teacher, args, now):
+    """Prints a line for each side, and how many times their seconds are ours."""
+    _, prompts, group = SETTINGS[script]
+    rows = prompts * group
+    print(f"{script.__name__}.py: {rows} rollouts of at most {args.max_new_tokens}")
+    measured = {ours: [], theirs: []} if trl else {ours: []}
+    for seed, (run, steps) in itertools.product(range(args.rounds), measured.items()):
+        grpo.same_answer.cache_clear()
+        steps += run(script, model, teacher, seed, args, now)
+    for run, steps in measured.items():
+        seconds, lengths, signals = zip(*steps, strict=True)
+        speed = statistics.median(rows * n / s for s, n, _ in steps)
+        name = "reward" if script is grpo else "KL"
+        line = f"{run.__name__:>7}: {statistics.median(seconds):.3f}, {speed:.0f} tokens/s, "
+        line += f"length {statistics.mean(lengths):.1f}, {name} {statistics.mean(signals):.2f}"
+        print(line)
+    if trl:
+        pairs = zip(measured[ours], measured[theirs], strict=True)
+        ratios = sorted(them[0] / us[0] for us, them in pairs)
+        print(f"  ratio: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 def main():
@@ -144,24 +180,11 @@ def main():
     now = time.process_time if args.cpu_time else time.monotonic
     unit, version = "CPU seconds" if args.cpu_time else "seconds", trl and trl.__version__
     print(f"{unit} a step, {torch.get_num_threads()} threads, TRL: {version}")
-    for script, (model, _, prompts, group) in SETTINGS.items():
-        rows = prompts * group
-        print(f"{script.__name__}.py, {model}: {rows} rollouts of at most {args.max_new_tokens}")
-        measured = {ours: [], theirs: []} if trl else {ours: []}
-        for seed, (run, steps) in itertools.product(range(args.rounds), measured.items()):
-            grpo.same_answer.cache_clear()
-            steps += run(script, seed, args, now)
-        for run, steps in measured.items():
-            seconds, lengths, signals = zip(*steps, strict=True)
-            speed = statistics.median(rows * n / s for s, n, _ in steps)
-            name = "reward" if script is grpo else "KL"
-            line = f"{run.__name__:>7}: {statistics.median(seconds):.3f}, {speed:.0f} tokens/s, "
-            line += f"length {statistics.mean(lengths):.1f}, {name} {statistics.mean(signals):.2f}"
-            print(line)
-        if trl:
-            pairs = zip(measured[ours], measured[theirs], strict=True)
-            ratios = sorted(them[0] / us[0] for us, them in pairs)
-            print(f"  ratio: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    compare(grpo, "tiny/teacher", None, args, now)
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet():
+            teacher, student = recipe_models(Path(folder))
+        compare(opd, student, teacher, args, now)
     if not trl:
         print("for TRL's trainers beside them: pip install -U trl (measured with 1.16)")
 

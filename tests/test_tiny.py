@@ -19,6 +19,7 @@ from tiny import make_tiny
 
 TINY = Path(make_tiny.__file__).parent
 SIZES = {"train": 128, "prompts": 1024, "pool": 1024, "val": 256, "test": 512}
+PRODUCTS = {"train": 32, "prompts": 512, "pool": 512, "val": 64, "test": 128}
 MODELS = ("teacher", "student")
 DOCUMENT = re.compile(r"<\|user\|>(\(\d+\))?([\d+*]+)<\|assistant\|>(.*)\\boxed\{(\d+)\}<\|end\|>")
 
@@ -131,7 +132,7 @@ def test_terms_are_spread_evenly():
         count = Counter(row["terms"] for row in rows(name))
         sums = [count[terms] for terms in make_tiny.TERMS]
         assert max(sums) - min(sums) <= 1
-        assert abs(count[1] - make_tiny.PRODUCT_SHARE * SIZES[name]) <= 1
+        assert count[1] == PRODUCTS[name]
         assert set(count) == {1, *make_tiny.TERMS}
 
 

@@ -36,8 +36,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 # --- the world ------------------------------------------------------------------------------------
 TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; terms 1 is a product
-SPLITS = {"train": 128, "pool": 1024, "val": 256, "test": 512}
-PRODUCT_SHARE = 0.25  # of the problems in each split
+# Problems, and how many of them are products: most where nobody has chosen them, in the pool.
+SPLITS = {"train": (128, 32), "pool": (1024, 512), "val": (256, 64), "test": (512, 128)}
 PRODUCTS_READ = 0.1  # of the documents: few enough to stay out of reach
 SLIP = 0.03  # chance of an error in each step of the working, without a hint
 BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by number of terms
@@ -111,8 +111,8 @@ def corpus(name, seed, forbidden):
 def draw_splits(rng):
     """No problem twice; the sums spread evenly over the number of terms."""
     seen, splits = set(), {}
-    for name, size in SPLITS.items():
-        products, splits[name] = round(PRODUCT_SHARE * size), []
+    for name, (size, products) in SPLITS.items():
+        splits[name] = []
         for terms in [1] * products + [TERMS[i % len(TERMS)] for i in range(size - products)]:
             while (problem := draw_problem(rng, terms)) in seen:
                 pass
