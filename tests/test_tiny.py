@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny import make_tiny
 
 TINY = Path(make_tiny.__file__).parent
-SIZES = {"train": 128, "prompts": 1024, "pool": 1024, "val": 256, "test": 512}
-PRODUCTS = {"train": 32, "prompts": 512, "pool": 512, "val": 64, "test": 128}
+SIZES = {"train": 128, "prompts": 1536, "pool": 1536, "val": 256, "test": 512}
+PRODUCTS = {"train": 32, "prompts": 768, "pool": 768, "val": 64, "test": 128}
 MODELS = ("teacher", "student")
 DOCUMENT = re.compile(r"<\|user\|>(\(\d+\))?([\d+*]+)<\|assistant\|>(.*)\\boxed\{(\d+)\}<\|end\|>")
 

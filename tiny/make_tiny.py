@@ -36,8 +36,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 # --- the world ------------------------------------------------------------------------------------
 TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; terms 1 is a product
-# Problems, and how many of them are products: most where nobody has chosen them, in the pool.
-SPLITS = {"train": (128, 32), "pool": (1024, 512), "val": (256, 64), "test": (512, 128)}
+# Name, products, sums. Nobody has chosen the pool's problems: half of them are out of reach.
+SPLITS = [("train", 32, 96), ("pool", 256, 768), ("val", 64, 192), ("test", 128, 384)]
+SPLITS += [("pool", 512, 0)]
 PRODUCTS_READ = 0.1  # of the documents: few enough to stay out of reach
 SLIP = 0.03  # chance of an error in each step of the working, without a hint
 BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by number of terms
@@ -110,10 +111,9 @@ def corpus(name, seed, forbidden):
 
 def draw_splits(rng):
     """No problem twice; the sums spread evenly over the number of terms."""
-    seen, splits = set(), {}
-    for name, (size, products) in SPLITS.items():
-        splits[name] = []
-        for terms in [1] * products + [TERMS[i % len(TERMS)] for i in range(size - products)]:
+    seen, splits = set(), {name: [] for name, _, _ in SPLITS}
+    for name, products, sums in SPLITS:
+        for terms in [1] * products + [TERMS[i % len(TERMS)] for i in range(sums)]:
             while (problem := draw_problem(rng, terms)) in seen:
                 pass
             seen.add(problem)
@@ -244,7 +244,8 @@ def main(argv=None):
     steps = {"teacher": args.teacher_steps, "student": args.student_steps}
     if min(*steps.values(), args.samples) < 1:
         parser.exit(2, "make_tiny.py: steps and samples must be at least 1\n")
-    names = [*MODELS, *(f"{split}.jsonl" for split in [*SPLITS, "prompts"]), "heldout.txt"]
+    splits = draw_splits(random.Random(f"splits {args.seed}"))
+    names = [*MODELS, *(f"{split}.jsonl" for split in splits), "heldout.txt"]
     there = [name for name in names if (args.out / name).exists()]
     if there and not args.force:
         parser.exit(2, f"make_tiny.py: {args.out} holds {', '.join(there)}; --force replaces it\n")
@@ -256,7 +257,6 @@ def main(argv=None):
         aside.mkdir(parents=True)
     except OSError as error:
         parser.exit(2, f"make_tiny.py: cannot write to --out {args.out}: {error.strerror}\n")
-    splits = draw_splits(random.Random(f"splits {args.seed}"))
     for name, rows in splits.items():
         (aside / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exam = {row["problem"] for row in splits["val"] + splits["test"]}
