@@ -43,10 +43,10 @@ SETTINGS = {  # flag: tiny models (tiny/TUNING.md); the paper's (steps ours; Non
     "--opd-steps": (60, 100),
     "--opd-lr": (4e-3, None),
     "--student-rl-steps": (20, 100),
-    "--student-rl-lr": (4.8e-5, None),
+    "--student-rl-lr": (1.2e-4, None),
     "--direct-lr": (1.2e-4, None),
-    "--replay-lr": (6.4e-5, None),
-    "--more-opd-lr": (1.6e-4, None),
+    "--replay-lr": (2.56e-5, None),
+    "--more-opd-lr": (4e-4, None),
 }
 # A step of grpo.py by its own presets: its updates, and the problems and samples of an update.
 GRPO = {"tiny": (1, 32, 8), "paper": (4, 128, 8)}

@@ -28,25 +28,24 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "tiny/evidence"
 DENSE = {"--fkl-lr": 1e-2, "--opd-lr": 4e-3}
-PACED = {"--schedule": "fkl", "--lr": 2.5e-3}
-RKL = PACED | {"--schedule": "rkl"}
+FKL, RKL = {"--schedule": "fkl", "--lr": 6.25e-3}, {"--schedule": "rkl", "--lr": 2.5e-3}
 ARMS = {  # script, flags; the learning rates that are not the bridge's before it are the arm's own
     "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 1.2e-4}),
     "bridge": ("bridge.py", DENSE),
     "direct": ("bridge.py", {"--direct-lr": 1.2e-4}),
-    "raw-teacher": ("bridge.py", {"--fkl-lr": 4e-3, "--opd-lr": 1.6e-3}),
-    "no-warmup": ("bridge.py", {"--opd-lr": 1.6e-3}),
+    "raw-teacher": ("bridge.py", {"--fkl-lr": 1.6e-3, "--opd-lr": 6.4e-4}),
+    "no-warmup": ("bridge.py", {"--opd-lr": 4e-3}),
     "no-opd": ("bridge.py", {"--fkl-lr": 1e-2}),
-    "replay": ("bridge.py", DENSE | {"--replay-lr": 6.4e-5}),
-    "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 1.6e-4}),
-    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 1.2e-4}),
-    "uniform-fkl": ("paced.py", PACED | {"--weights": "uniform"}),
-    "filter-fkl": ("paced.py", PACED | {"--weights": "filter"}),
-    "paced-fkl": ("paced.py", PACED),
+    "replay": ("bridge.py", DENSE | {"--replay-lr": 2.56e-5}),
+    "more-opd": ("bridge.py", DENSE | {"--more-opd-lr": 4e-4}),
+    "cold-stage-3": ("bridge.py", {"--student-rl-lr": 4.8e-5}),
+    "uniform-fkl": ("paced.py", FKL | {"--weights": "uniform"}),
+    "filter-fkl": ("paced.py", FKL | {"--lr": 1e-3, "--weights": "filter"}),
+    "paced-fkl": ("paced.py", FKL),
     "paced-rkl": ("paced.py", RKL),
-    "paced-fkl-rkl": ("paced.py", PACED | {"--schedule": "fkl-rkl"}),
-    "paced-rkl-fkl": ("paced.py", PACED | {"--schedule": "rkl-fkl"}),
-    "self-uniform": ("paced.py --self", RKL | {"--lr": 6.25e-3, "--weights": "uniform"}),
+    "paced-fkl-rkl": ("paced.py", FKL | {"--schedule": "fkl-rkl"}),
+    "paced-rkl-fkl": ("paced.py", RKL | {"--schedule": "rkl-fkl"}),
+    "self-uniform": ("paced.py --self", RKL | {"--weights": "uniform"}),
     "self-paced": ("paced.py --self", RKL | {"--lr": 6.25e-3}),
 }
 GRID = (0.4, 1.0, 2.5)  # times these rates
