@@ -245,7 +245,8 @@ def test_the_test_file_reaches_the_evaluation_and_nothing_else(plan):
 
 
 def test_flags_pass_through(capsys):
-    more = "--fkl-steps 3 --fkl-lr 0.5 --student-rl-steps 4 --opd-lr 0.25 --nproc 2".split()
+    more = "--teacher-rl-steps 8 --student-rl-steps 4 --nproc 2".split()
+    more += "--fkl-steps 3 --fkl-lr 0.5 --opd-lr 0.25".split()
     bridge.main(["--dry-run", "--out", "x", *more])
     printed = capsys.readouterr().out
     commands = {arguments[-1]: arguments for _, arguments in commands_of(printed)}
