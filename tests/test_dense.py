@@ -1,5 +1,6 @@
 """fkl_warmup.py and opd.py: the two KLs against brute force, what they share, and their runs."""
 
+import ast
 import gc
 import itertools
 import json
@@ -387,11 +388,15 @@ def test_sigkill_changes_no_bit(script, data, tmp_path):
         assert stored[0] == stored[1]
 
 
-def test_show_prints_the_kl_of_every_token(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_show_prints_the_kl_of_every_token(script, data, tmp_path, monkeypatch, capsys):
+    """Of the rollout that stands above them, not of the longest one."""
     monkeypatch.chdir(tmp_path)
-    opd.main(command(data, "--show"))
-    printed = capsys.readouterr().out
-    assert "KL  token" in printed and "'<|end|>'" in printed
+    script.main(command(data, "--show", "--samples-per-prompt", "16"))
+    above, _, below = capsys.readouterr().out.partition(" KL  token\n")
+    named = ast.literal_eval(above.strip().splitlines()[-1].split(" -> ")[1])
+    tokens = [ast.literal_eval(line.split("  ")[-1]) for line in below.splitlines()]
+    assert "".join(tokens) == named and tokens[-1] == "<|end|>"
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,5 +1,6 @@
 """paced.py: where the weights come from and go, the siblings to the bit, and its runs."""
 
+import ast
 import itertools
 import json
 import math
@@ -470,9 +471,11 @@ def test_a_frontier_that_is_used_up_ends_the_run(data, tmp_path, monkeypatch, ca
 
 def test_show_prints_the_weighted_kl_of_every_token(data, tmp_path, monkeypatch, capsys, rates):
     monkeypatch.chdir(tmp_path)
-    paced.main(taught(data, "--show"))
-    printed = capsys.readouterr().out
-    assert "w KL  token" in printed and "'<|end|>'" in printed
+    paced.main(taught(data, "--show", "--samples-per-prompt", "16"))
+    above, _, below = capsys.readouterr().out.partition(" w KL  token\n")
+    named = ast.literal_eval(above.strip().splitlines()[-1].split(" -> ")[1])
+    tokens = [ast.literal_eval(line.split("  ")[-1]) for line in below.splitlines()]
+    assert "".join(tokens) == named and tokens[-1] == "<|end|>"  # not the longest rollout's
     assert not (tmp_path / "runs").exists()
 
 
