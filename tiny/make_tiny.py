@@ -38,7 +38,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; terms 1 is a product
 # Name, products, sums. Nobody has chosen the pool's problems: half of them are out of reach.
 SPLITS = [("train", 32, 96), ("pool", 256, 768), ("val", 64, 192), ("test", 128, 384)]
-SPLITS += [("pool", 512, 0)]
+SPLITS += [("pool", 512, 0)]  # added later, so drawn last: the other splits stay as they were
 PRODUCTS_READ = 0.1  # of the documents: few enough to stay out of reach
 SLIP = 0.03  # chance of an error in each step of the working, without a hint
 BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by number of terms
