@@ -28,7 +28,6 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +40,7 @@ import transformers
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -121,16 +121,15 @@ def parse_arguments(argv):
 # --- processes ------------------------------------------------------------------------------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
+INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, if it takes long
 
 
 def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
-    if WORLD == 1:
-        return
-    if device == "cuda":
+    if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Gloo for tensors on a CPU, nccl for those on a GPU. Some rollouts take far longer than others.
-    dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
+        dist.init_process_group(timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -155,21 +154,8 @@ def shard(model):
         on = init_device_mesh(model.device.type, (WORLD,))
         compute = torch.bfloat16 if model.device.type == "cuda" else None
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        for layer in [*model.model.layers, model]:
-            fully_shard(layer, mesh=on, mp_policy=precision)
-
-
-@contextmanager
-def unsharded(model):
-    """All weights on every process: decoding needs no collective, and none waits for another."""
-    layers = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
-        layer.unshard()
-    yield
-    for layer in layers:
-        layer.set_reshard_after_forward(layer is not model, recurse=False)  # as FSDP2 begins
-        layer.reshard()
+        for layer in [*model.model.layers, model]:  # whole from a forward pass to its gradient
+            fully_shard(layer, mesh=on, mp_policy=precision, reshard_after_forward=False)
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -195,7 +181,7 @@ def read_rows(source):
 
 def render(text, tokenizer, args):
     """The prompt of a problem, and its token ids."""
-    plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+    prompt, plain = text + args.prompt_suffix, tokenizer.chat_template is None
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
@@ -295,16 +281,15 @@ def grade(tokenizer, completion_ids, mask, golds):
 class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, keys, values, *args, **kwargs):
         # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
-        new = torch.stack([key_states.to(value_states.dtype), value_states])
+        new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
-            self.lazy_initialization(new[0], new[1])
+            self.lazy_initialization(*new)
             self.room = new[:, :, :, :0]
         start, end = self.get_seq_length(), self.get_seq_length() + new.shape[3]
         if end > self.room.shape[3]:
-            more = end - self.room.shape[3] + 64
-            self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
+            self.room = pad(self.room, (0, 0, 0, end + 64 - self.room.shape[3]))
         self.room[:, :, :, start:end] = new
         self.keys, self.values = self.room[:, :, :, :end]
         return self.keys, self.values
@@ -331,34 +316,26 @@ def choose(logits, temperature, noise):
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
     """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
-    device, (n, length) = model.device, noise.shape
-    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
-    prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
-    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
+    prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
     cache = Cache(layer_class_to_replicate=KVLayer)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
+    logits = model(prompt_ids, attention, position, cache, logits_to_keep=1).logits[owner, -1]
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
-    logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
-    attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
-    completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
-    rows = torch.arange(n, device=device)  # those still in the batch
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    for t in range(length):
-        token = choose(logits, temperature, noise[rows, t])
-        completion_ids[rows, t] = token
-        finished = finished | torch.isin(token, eos_ids)
-        if finished.all() or t == length - 1:
+    attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
+    rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
+    for t in range(noise.shape[1]):
+        completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
+        alive = ~torch.isin(completion_ids[rows, : t + 1], eos_ids).any(1)
+        if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if finished.float().mean() >= 0.25:  # dropping rows copies the cache: not for a few
-            kept = (~finished).nonzero().squeeze(1)
-            rows, token, finished = rows[kept], token[kept], finished[kept]
-            position, attention = position[kept], attention[kept]
-            cache.batch_select_indices(kept)
-        position = position + 1
-        seen = attention[:, : prompt_ids.shape[1] + t + 1]
-        out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
-        logits = out.logits[:, -1]
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: not for a few
+            rows, attention, position = rows[alive], attention[alive], position[alive]
+            cache.batch_select_indices(alive)
+        attention, position = pad(attention, (0, 1), value=1), position + 1
+        token = completion_ids[rows, t, None]
+        logits = model(token, attention, position, cache, logits_to_keep=1).logits[:, -1]
     # Up to and with the first EOS, by position: the padding may be the EOS token too.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
@@ -368,11 +345,12 @@ def decode(model, prompts, owner, noise, temperature):
 def rollout(model, prompts, group, rng, args):
     """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
     model.eval()
-    owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group)  # (N,)
-    parts = []
-    bar = tqdm(owner.split(args.rollout_batch), "rollout", leave=False, delay=2, disable=RANK > 0)
-    with autocast(model), unsharded(model):
-        for part in bar:
+    for layer in model.modules():
+        if isinstance(layer, FSDPModule):
+            layer.unshard()  # all weights, so that decoding waits for no other process
+    owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
+    with autocast(model):
+        for part in tqdm(owner.split(args.rollout_batch), "rollout", **INNER_BAR):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
@@ -388,15 +366,13 @@ def autocast(model):
 def score(model, prompts, completion_ids, mask):
     """The logits that each completion token was drawn from, (n, T, V)."""
     prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
-    attention = torch.cat([prompt_mask, mask.long()], dim=1)  # (n, P + T)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (n, P + T)
+    attention = torch.cat([prompt_mask, mask.long()], dim=1)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
-    first = prompt_ids.shape[1] - 1
-    before = torch.arange(first, first + mask.shape[1], device=model.device)
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)
-    options = {"use_cache": False, "logits_to_keep": before}
+    before = torch.arange(ids.shape[1], device=model.device)[prompt_ids.shape[1] - 1 : -1]
     with autocast(model):
-        return model(ids, attention_mask=attention, position_ids=position, **options).logits
+        return model(ids, attention, position, use_cache=False, logits_to_keep=before).logits
 
 
 def micro_batches(rows, prompts, completion_ids, mask, args):
@@ -404,8 +380,7 @@ def micro_batches(rows, prompts, completion_ids, mask, args):
     lengths = mask.sum(1)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
     # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, which then counts 0.
-    most = max(gather(len(parts)))
-    for number in tqdm(range(most), "score", leave=False, delay=2, disable=RANK > 0):
+    for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         counts = number < len(parts)
         part = parts[number] if counts else rows.new_zeros(1)
         longest = int(lengths[part].max())
@@ -456,7 +431,7 @@ def open_run(args):
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
-    path = out / "config.json"
+    path, state_path = out / "config.json", out / "checkpoint/state.json"
     if path.exists() and args.overwrite:
         shutil.rmtree(out)
     if path.exists():
@@ -474,11 +449,11 @@ def open_run(args):
     for old in out.glob("*.old"):  # killed between the two renames of save()
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    path, state = out / "checkpoint/state.json", {"step": 0, "best": None, "bytes": {}}
-    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else state
+    state = {"step": 0, "best": None, "bytes": {}}
+    if state_path.exists():
+        state = json.loads(state_path.read_text(encoding="utf-8"))
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
-        with path.open("ab") as file:
-            file.truncate(state["bytes"].get(path.name, 0))
+        os.truncate(path, state["bytes"].get(path.name, 0))
     return out, state
 
 
@@ -496,7 +471,7 @@ def save(path, model, tokenizer, optimizer=None, state=None):
     try:
         model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
-        if state is not None:
+        if optimizer:
             torch.save(moments, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
