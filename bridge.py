@@ -1,14 +1,9 @@
 """The whole recipe in one command: sparse-to-dense (arXiv 2605.12483), its baseline, its controls.
 
-Labels are few, prompts many. One half of the labels trains the teacher, who can make something of
-them (step 1). What he has learnt goes into the student token by token, without a label: the bridge
-(steps 2a and 2b). The other half trains the student, who by then can use it too (step 3). Direct
-GRPO, the baseline, spends all labels on the student, and as many updates as steps 1 and 3 together.
-
-recipe_steps() is the recipe, ARMS says which of its steps make an arm, and the rest of this file
-runs the scripts one after another, each as the command that it prints, with an evaluation after
-each. What several arms have in common runs once. No label of step 3 is seen before it, the prompts
-of steps 2a and 2b have no answers, and the test file reaches eval_math.py and nothing else.
+Labels are few, prompts many. Half of the labels (A) trains the teacher, who can make something of
+them. What he has learnt goes into the student token by token, without a label: the bridge. The
+other half (B) trains the student, who by then can use it too. Direct GRPO, the baseline, spends
+all labels on the student. The test file reaches the evaluation, after each step, and nothing else.
 
     python bridge.py                        the pocket models: some minutes on two cores
     python bridge.py --arms all             with every control
@@ -25,68 +20,64 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+import grpo  # its presets, and how it reads problems
 
 # --- the recipe -----------------------------------------------------------------------------------
-
-SETTINGS = {  # flag: tiny models (tiny/TUNING.md); the paper's (steps ours; None: the script's)
-    "--teacher-rl-steps": (10, 100),  # tiny: short of its ceiling, which leaves step 3 something
-    "--teacher-rl-lr": (3e-4, None),
-    "--fkl-steps": (50, 100),
-    "--fkl-lr": (1e-2, None),
-    "--opd-steps": (60, 100),
-    "--opd-lr": (4e-3, None),
-    "--student-rl-steps": (20, 100),
-    "--student-rl-lr": (1.2e-4, None),
-    "--direct-lr": (1.2e-4, None),
-    "--replay-lr": (2.56e-5, None),
-    "--more-opd-lr": (4e-4, None),
-}
-# A step of grpo.py by its own presets: its updates, and the problems and samples of an update.
-GRPO = {"tiny": (1, 32, 8), "paper": (4, 128, 8)}
-DAPO = "YouJiacheng/DAPO-Math-17k-dedup"  # the paper's problems
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
+KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # of a run, for the next
+# Of tiny models (tiny/TUNING.md); step 1 stops short of its ceiling, which leaves step 3 something.
+STEPS = {"teacher-rl": 10, "fkl": 50, "opd": 60, "student-rl": 20}
+RATES = {"teacher-rl": 3e-4, "fkl": 1e-2, "opd": 4e-3, "student-rl": 1.2e-4}
+RATES |= {"direct": 1.2e-4, "replay": 2.56e-5, "more-opd": 4e-4}
+# Beside them what larger models get: as many steps as we see fit, the paper's learning rate.
+SETTINGS = {f"--{name}-steps": (steps, 100) for name, steps in STEPS.items()}
+SETTINGS |= {f"--{name}-lr": (lr, 1e-6) for name, lr in RATES.items()}
 
 
 def recipe_steps(s):
     """{step: (script, flags)} in the order of the runs; in capitals what is there before."""
-    updates, problems, samples = GRPO[s.preset]
+    updates, samples = s.grpo.updates_per_step, s.grpo.samples_per_prompt
+    problems = s.grpo.prompts_per_step // updates
     dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
     flat = {"--lr-decay": 0}  # the rate falls at the end of the bridge, in step 2b
     alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # to step 3
-    again = alike | {"--rollouts": "rollouts of 2a-fkl"}
+    stored = alike | {"--rollouts": "rollouts of 2a-fkl"}
 
-    def rl(model, labels, n, lr):
-        return {"--model": model, "--data": labels, "--val-data": "VAL", "--steps": n, "--lr": lr}
+    def rl(model, data, n, lr):
+        return RL, {"--model": model, "--data": data, "--val-data": "VAL", "--steps": n, "--lr": lr}
 
-    def dense(student, teacher, n, lr):
-        data = {"--data": "PROMPTS", "--val-data": "VAL-PROMPTS"}
-        return {"--student": student, "--teacher": teacher, **data, "--steps": n, "--lr": lr}
+    def dense(script, student, teacher, n, lr, more=None):
+        flags = {"--student": student, "--teacher": teacher, "--data": "PROMPTS"}  # no answers
+        return script, flags | {"--val-data": "VAL-PROMPTS", "--steps": n, "--lr": lr} | (
+            more or {}
+        )
 
     return {
-        "1-teacher-rl": (RL, rl("TEACHER", "A", s.teacher_rl_steps, s.teacher_rl_lr)),
-        "2a-fkl": (FKL, dense("STUDENT", "1-teacher-rl", s.fkl_steps, s.fkl_lr) | flat),
-        "2b-opd": (OPD, dense("2a-fkl", "1-teacher-rl", s.opd_steps, s.opd_lr)),
-        "3-student-rl": (RL, rl("2b-opd", "B", s.student_rl_steps, s.student_rl_lr)),
-        "direct": (RL, rl("STUDENT", "A+B", s.teacher_rl_steps + s.student_rl_steps, s.direct_lr)),
-        "raw-fkl": (FKL, dense("STUDENT", "TEACHER", s.fkl_steps, s.fkl_lr) | flat),
-        "raw-opd": (OPD, dense("raw-fkl", "TEACHER", s.opd_steps, s.opd_lr)),
-        "only-opd": (OPD, dense("STUDENT", "1-teacher-rl", dense_steps, s.opd_lr)),
-        "only-fkl": (FKL, dense("STUDENT", "1-teacher-rl", dense_steps, s.fkl_lr)),
-        "replay": (FKL, dense("2b-opd", "1-teacher-rl", rl_updates, s.replay_lr) | again),
-        "more-opd": (OPD, dense("2b-opd", "1-teacher-rl", rl_updates, s.more_opd_lr) | alike),
-        "cold-student-rl": (RL, rl("STUDENT", "B", s.student_rl_steps, s.student_rl_lr)),
+        "1-teacher-rl": rl("TEACHER", "A", s.teacher_rl_steps, s.teacher_rl_lr),
+        "2a-fkl": dense(FKL, "STUDENT", "1-teacher-rl", s.fkl_steps, s.fkl_lr, flat),
+        "2b-opd": dense(OPD, "2a-fkl", "1-teacher-rl", s.opd_steps, s.opd_lr),
+        "3-student-rl": rl("2b-opd", "B", s.student_rl_steps, s.student_rl_lr),
+        "direct": rl("STUDENT", "A+B", s.teacher_rl_steps + s.student_rl_steps, s.direct_lr),
+        "raw-fkl": dense(FKL, "STUDENT", "TEACHER", s.fkl_steps, s.fkl_lr, flat),
+        "raw-opd": dense(OPD, "raw-fkl", "TEACHER", s.opd_steps, s.opd_lr),
+        "only-opd": dense(OPD, "STUDENT", "1-teacher-rl", dense_steps, s.opd_lr),
+        "only-fkl": dense(FKL, "STUDENT", "1-teacher-rl", dense_steps, s.fkl_lr),
+        "replay": dense(FKL, "2b-opd", "1-teacher-rl", rl_updates, s.replay_lr, stored),
+        "more-opd": dense(OPD, "2b-opd", "1-teacher-rl", rl_updates, s.more_opd_lr, alike),
+        "cold-student-rl": rl("STUDENT", "B", s.student_rl_steps, s.student_rl_lr),
     }
 
 
 BRIDGE = ["1-teacher-rl", "2a-fkl", "2b-opd"]
-ARMS = {
+ARMS = {  # a step that several arms have in common runs once
     "recipe": [*BRIDGE, "3-student-rl"],
     "bridge": BRIDGE,
     "direct": ["direct"],
@@ -100,10 +91,10 @@ ARMS = {
 
 
 # --- arguments ------------------------------------------------------------------------------------
-def fail(message, status=2):
+def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    raise SystemExit(status)
+    raise SystemExit(2)
 
 
 def parse_arguments(argv):
@@ -112,7 +103,7 @@ def parse_arguments(argv):
     parser.error = fail
     parser.add_argument("--teacher", default="tiny/teacher", help="directory or hub name")
     parser.add_argument("--student", default="tiny/student", help="directory or hub name")
-    parser.add_argument("--data", help=f"labelled problems, JSONL [tiny/train.jsonl, paper {DAPO}]")
+    parser.add_argument("--data", help="labelled problems, JSONL [tiny/train.jsonl, paper DAPO]")
     parser.add_argument("--val-data", help="chooses best/ [tiny/val.jsonl, paper 256 of the same]")
     parser.add_argument("--test-data", nargs="+", help="[tiny/test.jsonl, paper math500 aime24 25]")
     parser.add_argument("--prompts", help="unlabelled [tiny/prompts.jsonl, else those of --data]")
@@ -124,291 +115,227 @@ def parse_arguments(argv):
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
     parser.add_argument("--skip-student-rl", action="store_true", help="stop after the bridge")
     for flag, (tiny, paper) in SETTINGS.items():
-        kind = int if flag.endswith("steps") else float
-        parser.add_argument(flag, type=kind, help=f"[{tiny}, paper {paper or 'as the script'}]")
+        parser.add_argument(flag, type=type(tiny), help=f"[{tiny}, paper {paper}]")
     args = parser.parse_args(argv)
-    config = AutoConfig.from_pretrained(args.student)
-    with torch.device("meta"):
-        n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     # One preset for all steps, because teacher and student must agree on the form of a prompt.
-    tiny = n_parameters < 10e6
-    args.preset = "tiny" if tiny else "paper"
-    for flag, presets in SETTINGS.items():
-        key, least = flag[2:].replace("-", "_"), int(flag.endswith("steps"))
+    args.grpo, args.context = grpo.parse_arguments(["--model", args.student])
+    args.preset = args.grpo.preset
+    for flag, (tiny, paper) in SETTINGS.items():
+        key = flag[2:].replace("-", "_")
         if getattr(args, key) is None:
-            setattr(args, key, presets[0 if tiny else 1])
-        elif not least <= getattr(args, key) < float("inf"):
-            fail(f"{flag} must be at least {least}, not {getattr(args, key)}")
-    if args.data or args.val_data:
-        if not (args.data and args.val_data and args.test_data):
-            fail("--data, --val-data and --test-data come together (or --test-data alone)")
-    elif tiny:
+            setattr(args, key, tiny if args.preset == "tiny" else paper)
+        elif not 0 < getattr(args, key) < float("inf"):
+            fail(f"{flag} must be above 0, not {getattr(args, key)}")
+    if (args.data or args.val_data) and not (args.data and args.val_data and args.test_data):
+        fail("--data, --val-data and --test-data come together (or --test-data alone)")
+    if args.preset == "tiny" and not args.data:
         args.data, args.val_data = "tiny/train.jsonl", "tiny/val.jsonl"
         args.prompts = args.prompts or "tiny/prompts.jsonl"
-    benchmarks = ["tiny/test.jsonl"] if tiny else ["math500", "aime24", "aime25"]
-    args.test_data = args.test_data or benchmarks
-    skipped = ["1-teacher-rl"] * args.skip_teacher_rl
-    skipped += ["3-student-rl", "cold-student-rl"] * args.skip_student_rl
-    chosen = ARMS if "all" in args.arms else args.arms
-    arms = {arm: [step for step in ARMS[arm] if step not in skipped] for arm in chosen}
-    args.arms = {arm: steps for arm, steps in arms.items() if steps}
+    tests = {"tiny": ["tiny/test.jsonl"], "paper": ["math500", "aime24", "aime25"]}
+    args.test_data = args.test_data or tests[args.preset]
     args.out = args.out or Path(time.strftime("runs/bridge-%Y%m%d-%H%M%S"))
-    return args if args.arms else fail("--skip-student-rl leaves nothing of --arms")
+    skip = {"1-teacher-rl": args.skip_teacher_rl, "3-student-rl": args.skip_student_rl}
+    chosen = ARMS if "all" in args.arms else args.arms
+    args.arms = {arm: [step for step in ARMS[arm] if not skip.get(step)] for arm in chosen}
+    return args
 
 
 # --- problems -------------------------------------------------------------------------------------
-PROBLEM, LABEL = ("problem", "question", "prompt"), ("answer", "solution", "ground_truth")
-
-
-def read_rows(path, labelled):
-    """{problem: row} of a JSONL file; each problem once, because labels are counted by problem."""
-    rows = {}
-    for number, line in enumerate(Path(path).open(encoding="utf-8"), 1):
-        try:  # said now, because the step that reads this line may be hours away
-            row = dict(json.loads(line))
-            problem = next(row[key] for key in PROBLEM if row.get(key))
-            fields = row | (row.get("reward_model") or {})  # DAPO keeps its answers there
-            if labelled:
-                next(key for key in LABEL if fields.get(key) not in (None, ""))
-        except (ValueError, TypeError, StopIteration):
-            fail(f"{path}:{number}: not a JSON object with a problem{' and an answer' * labelled}")
-        rows.setdefault(json.dumps(problem), row)
-    return rows
-
-
-def split_problems(args):
+def split_problems(args, tokenizer):
     """{name: rows}: the labels of steps 1 and 3, those of validation, and problems without."""
+
+    def read(path, labelled=True):
+        problems = grpo.load_problems(path, tokenizer, args.grpo, args.context)
+        if labelled:  # said now, because the step that needs an answer may be hours away
+            grpo.read_answers(problems)
+        # Each problem once, because labels are counted by problem.
+        return {problem["problem"]: problem["row"] for problem in problems}
+
     if args.data:
-        labels, val = read_rows(args.data, True), read_rows(args.val_data, True)
-        rows = [row for problem, row in labels.items() if problem not in val]
+        rows, val = read(args.data), read(args.val_data)
+        rows = [row for problem, row in rows.items() if problem not in val]
         rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
         a, b, val = rows[: len(rows) // 2], rows[len(rows) // 2 :], list(val.values())
     else:  # the authors' split: 80 %, seed 42
         try:
             from datasets import load_dataset
         except ImportError:
-            fail(f"{DAPO} needs: pip install datasets; or bring --data, --val-data, --test-data")
-        parts = load_dataset(DAPO, split="train").train_test_split(test_size=0.2, seed=42)
+            fail("DAPO needs: pip install datasets; or bring --data, --val-data and --test-data")
+        parts = load_dataset(grpo.DAPO, split="train").train_test_split(test_size=0.2, seed=42)
         a, held_out = list(parts["train"]), list(parts["test"])
         val, b = held_out[:256], held_out[256:]
-    prompts = list(read_rows(args.prompts, False).values()) if args.prompts else a + b
-    counts = f"{len(a)} labels for step 1, {len(b)} for step 3, {len(val)} for validation, "
-    counts += f"{len(prompts)} prompts for steps 2a and 2b"
-    if min(len(a), len(b), len(prompts)) < 8 or not val:
-        fail(f"too few problems: {counts}; needed are 8, 8, 1 and 8")
-    print(counts)
-    bare = [{key: row[key] for key in PROBLEM if key in row} for row in prompts + val]
+    prompts = list(read(args.prompts, labelled=False).values()) if args.prompts else a + b
     splits = {"A": a, "B": b, "A+B": a + b, "VAL": val}
-    return splits | {"PROMPTS": bare[: len(prompts)], "VAL-PROMPTS": bare[len(prompts) :]}
+    for name, rows in ("PROMPTS", prompts), ("VAL-PROMPTS", val):
+        keys = "problem", "question", "prompt"
+        splits[name] = [{key: row[key] for key in keys if key in row} for row in rows]
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
+    print(f"problems: {counts}")
+    if min(map(len, splits.values())) < 4:
+        fail(f"too few problems, 4 of each are needed: {counts}")
+    return splits
 
 
-# --- a step ---------------------------------------------------------------------------------------
-def write_whole(path, text):
-    """Written aside, then renamed: never a half-written file."""
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    path.with_suffix(".new").replace(path)
-
-
-def fingerprint(path):
-    """Tells a file from another of its name; as in the scripts, comments in code don't count."""
-    if path.suffix == ".py":
-        content = ast.dump(ast.parse(path.read_text(encoding="utf-8"), path.name)).encode()
-    else:  # the size and a megabyte are enough, because training moves all weights
-        content = str(path.stat().st_size).encode() + path.open("rb").read(2**20)
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
+# --- the runs -------------------------------------------------------------------------------------
 def place(args, name, script, flags):
     """The directory of this very run, else a new one; bridge.json keeps what each was run with."""
     here, record = Path(__file__).parent, args.out / "bridge.json"
-    code = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
-    used = flags | {path.name: fingerprint(path) for path in code}
-    for path in (Path(str(value)) for flag, value in flags.items() if flag != "--preset"):
-        files = (file for file in (path, *path.glob("*")) if file.is_file())
-        used |= {str(file): fingerprint(file) for file in files}
+    files = [here / script, *here.glob("kernels/*.py")]
+    for path in map(Path, map(str, flags.values())):
+        files += [path] if path.is_file() else path.glob("*.safetensors")
+    used = dict(flags)
+    for path in files:
+        # Training moves all weights, so that their beginning will do.
+        key, content = str(path), path.open("rb").read(2**26)
+        if path.suffix == ".py":  # as in the scripts, comments don't count
+            key, content = path.name, ast.dump(ast.parse(content, path.name)).encode()
+        used[key] = hashlib.sha256(content).hexdigest()[:8]
     known = json.loads(record.read_text()) if record.exists() else {}
-    for folder in known:
-        if known[folder] == used:
-            return folder
-    tried = [folder for folder in known if folder.partition("@")[0] == name]
-    folder = f"{name}@{len(tried) + 1}" if tried else name
-    if tried:
-        was = known[tried[-1]]
-        differs = [f"{k} was {was.get(k)}" for k in was | used if was.get(k) != used.get(k)]
-        print(f"\n{name} runs anew, {args.out / tried[-1]} stays: {', '.join(differs)}")
-    write_whole(record, json.dumps(known | {folder: used}, indent=1))
-    return folder
+    runs = known.setdefault(name, [])
+    if used not in runs:
+        if runs:
+            was = [f"{key} was {old}" for key, old in runs[-1].items() if used.get(key) != old]
+            print(f"\n{name} runs anew, in a new directory: {', '.join(was)}")
+        runs.append(used)
+        record.with_suffix(".new").write_text(json.dumps(known, indent=1))
+        record.with_suffix(".new").replace(record)
+    number = runs.index(used) + 1
+    return args.out / (f"{name}@{number}" if number > 1 else name)
 
 
 def launch(command):
     """Runs a command, whose output goes where ours goes; its exit status."""
-    with subprocess.Popen(command, close_fds=False) as process:  # it holds the lock too
+    with subprocess.Popen(command, close_fds=False) as process:  # it holds the lock, too
         try:
             return process.wait()
         finally:
             process.terminate()  # where it has not ended because we are stopped
-            process.wait()  # else it would outlive us, if only by a moment
-
-
-def run(args, name, script, flags):
-    """Prints and runs a script, unless it has run just so before; its directory."""
-    flags = {**flags, "--preset": args.preset, "--seed": args.seed}
-    out = args.out / (name if args.dry_run else place(args, name, script, flags))
-    command = [sys.executable]
-    if args.nproc > 1:
-        torchrun = Path(sys.executable).with_name("torchrun")  # a venv need not be activated
-        command = [str(torchrun) if torchrun.exists() else "torchrun", "--standalone"]
-        command += ["--nproc-per-node", str(args.nproc), "--"]
-    command += [os.path.relpath(Path(__file__).with_name(script))]
-    command += [str(part) for pair in flags.items() for part in pair] + ["--out", str(out)]
-    if not args.dry_run and ((out / "final").exists() or (out / "results.json").exists()):
-        print(f"{name}: done before, in {out}")
-        return out
-    print(f"\n{name}\n$ {shlex.join(command)}")
-    if not args.dry_run and (status := launch(command)):
-        fail(f"{name} ended with status {status}, see above; again: {shlex.join(command)}")
-    return out
 
 
 def run_all(args, splits):
-    """Every step that an arm needs, each evaluated; {step, or (model, test): its directory}."""
-    paths = {"TEACHER": args.teacher, "STUDENT": args.student}
-    for name, rows in splits.items():
-        paths[name] = str(args.out / f"data/{name.lower()}.jsonl")
-        if not args.dry_run:
-            write_whole(Path(paths[name]), "".join(json.dumps(row) + "\n" for row in rows))
-    needed = {step for steps in args.arms.values() for step in steps}
-    steps = {name: step for name, step in recipe_steps(args).items() if name in needed}
-    outs, rates = {}, {}  # seconds a step, by script
-
-    def evaluate(model):
+    """Runs each step that an arm needs and evaluates each model; [(name, script, flags, out)]."""
+    steps, plan = recipe_steps(args), []
+    needed = {step for arm in args.arms.values() for step in arm}
+    for model in ["STUDENT", "TEACHER", *(step for step in steps if step in needed)]:
+        plan += [(model, *steps[model])] if model in steps else []
         for test in args.test_data:
-            name, flags = f"eval/{model.lower()}-{Path(test).stem}", {"--model": paths[model]}
-            outs[model, test] = run(args, name, EVAL, flags | {"--data": test})
-
-    evaluate("STUDENT")
-    evaluate("TEACHER")
-    paths["1-teacher-rl"] = args.teacher  # if it is skipped
-    for i, (name, (script, flags)) in enumerate(steps.items()):
-        began = time.time()
-        flags = {flag: paths.get(v, v) for flag, v in flags.items() if v is not None}
-        out = outs[name] = run(args, name, script, flags)
-        paths[name] = str(out / ("best" if script == RL else "final"))
+            name = f"eval/{model.lower()}-{Path(test).stem}"
+            plan.append((name, EVAL, {"--model": model, "--data": test}))
+    launcher = [sys.executable]
+    if args.nproc > 1:
+        torchrun = f"{sysconfig.get_path('scripts')}/torchrun"  # a venv need not be activated
+        launcher = [torchrun, "--standalone", "--nproc-per-node", str(args.nproc), "--"]
+    paths = {"TEACHER": args.teacher, "STUDENT": args.student, "1-teacher-rl": args.teacher}
+    paths |= {name: f"{args.out}/data/{name.lower()}.jsonl" for name in splits}
+    runs, rates = [], {}  # seconds of a training step or of an evaluation, by script
+    for name, script, named in plan:
+        flags = {flag: paths.get(value, value) for flag, value in named.items()}
+        flags |= {"--preset": args.preset, "--seed": args.seed}
+        out = args.out / name if args.dry_run else place(args, name, script, flags)
+        runs.append((name, script, named, out))
+        paths[name] = str(out / KEPT[script])
         paths[f"rollouts of {name}"] = str(out / "rollouts.jsonl")
-        ended = time.time()
-        evaluate(name)
-        if not args.dry_run and (out / "final").stat().st_mtime > began:  # not done before
-            rates[script] = (ended - began) / flags["--steps"]
-            mean, left = np.mean([*rates.values()]), [*steps.values()][i + 1 :]
-            seconds = sum(flags["--steps"] * rates.get(script, mean) for script, flags in left)
-            seconds += len(left) * (time.time() - ended)
+        command = [*launcher, os.path.relpath(Path(__file__).with_name(script))]
+        command += [str(part) for pair in flags.items() for part in pair] + ["--out", str(out)]
+        if args.dry_run:
+            print(f"\n{name}\n$ {shlex.join(command)}")
+        elif (out / ("results.json" if script == EVAL else "final")).exists():
+            print(f"{name}: done before, in {out}")
+        else:
+            print(f"\n{name}\n$ {shlex.join(command)}")
+            began = time.time()
+            if status := launch(command):
+                fail(f"{name} ended with status {status}, see above; again: {shlex.join(command)}")
+            rates[script] = (time.time() - began) / flags.get("--steps", 1)
+            if script == EVAL:
+                continue
+            later = [(s, f.get("--steps", 1)) for _, s, f in plan[len(runs) :]]
+            seconds = sum(rates.get(s, rates[script]) * steps for s, steps in later)
             print(f"about {seconds / 60:.1f} minutes to go")
-    return outs
+    return runs
 
 
 # --- report ---------------------------------------------------------------------------------------
-def report(args, outs, val_labels):
+def report(args, runs, val_labels):
     """What each arm has come to and what it has used: results.json, table.md, curves.png."""
-    models, arms = {}, {}
-    for model, test in (key for key in outs if isinstance(key, tuple)):
-        metrics = json.loads((outs[model, test] / "results.json").read_text())["metrics"]
-        found = {key: metrics[key] for key in metrics if key.startswith(("avg@", "greedy"))}
-        models.setdefault(model, {"test": {}})["test"][test] = found
-    for step in (key for key in outs if isinstance(key, str)):
-        lines = [json.loads(line) for line in (outs[step] / "metrics.jsonl").open()]
-        sparse = lines[0]["kl"] is None
-        signal, times = ("reward", GRPO[args.preset][0]) if sparse else ("kl", 1)
-        updates = [line["step"] * times for line in lines]
-        models[step][signal] = [updates, [line[signal] for line in lines]]
-        models[step]["cost"] = {
-            "labels": lines[-1]["labels"],
+    models, logs, arms, times = {}, {}, {}, args.grpo.updates_per_step
+    figure = Figure(figsize=(16, 6), layout="tight")
+    accuracy, reward, kl = figure.subplots(1, 3)
+    for name, script, flags, out in runs:
+        if script == EVAL:
+            metrics = json.loads((out / "results.json").read_text())["metrics"]
+            found = {key: metrics[key] for key in metrics if key.startswith(("avg@", "greedy"))}
+            models.setdefault(flags["--model"], {"test": {}})["test"][flags["--data"]] = found
+        else:
+            models[name] = {"model": str(out / KEPT[script]), "test": {}}
+            logs[name] = lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+            axis, signal, each = (reward, "reward", times) if script == RL else (kl, "kl", 1)
+            axis.plot([r["step"] * each for r in lines], [r[signal] for r in lines], label=name)
+    for arm, steps in args.arms.items():
+        lines = [line for step in steps for line in logs[step]]
+        sparse = [line for line in lines if line["kl"] is None]
+        cost = {
+            "labels": sum(logs[step][-1]["labels"] for step in steps),  # A and B share none
             "validation": val_labels if sparse else 0,
-            "updates": updates[-1] if sparse else 0,
-            "dense updates": 0 if sparse else updates[-1],
+            "updates": len(sparse) * times,
+            "dense updates": len(lines) - len(sparse),
             "rollout tokens": sum(line["tokens"] for line in lines),
             "minutes": sum(line["seconds"] for line in lines) / 60,
         }
+        arms[arm] = {"steps": steps, **models[steps[-1]], "cost": cost}
+    paths = {"teacher": [name for name in ("TEACHER", "1-teacher-rl") if name in models]}
     for arm, steps in args.arms.items():
-        costs = [models[step]["cost"] for step in steps]
-        cost = {key: sum(cost[key] for cost in costs) for key in costs[0]}  # A and B share no label
-        cost["validation"] = max(cost["validation"] for cost in costs)  # it is one file
-        last = outs[steps[-1]] / ("best" if "reward" in models[steps[-1]] else "final")
-        tests = models[steps[-1]]["test"]
-        arms[arm] = {"steps": steps, "model": str(last), "test": tests, "cost": cost}
-    results = {"settings": vars(args), "models": models, "arms": arms}
-    table = table_of(models | {f"**{arm}**": row for arm, row in arms.items()})
-    write_whole(args.out / "results.json", json.dumps(results, indent=1, default=str))
-    write_whole(args.out / "table.md", table)
-    draw(models, arms, args.out / "curves.png")
-    print(f"\n{table}\n{args.out}: table.md, results.json, curves.png")
-
-
-def table_of(rows):
-    """Markdown: where each model and each arm has come to, and what it has used."""
-    *_, last = rows.values()
-    names = [f"{name}, {Path(test).stem}" for test in last["test"] for name in last["test"][test]]
-    table = [["", *names, *last["cost"]], ["---"] * (1 + len(names) + len(last["cost"]))]
-    for name, row in rows.items():
-        numbers = [number for test in row["test"].values() for number in test.values()]
-        cells = ["{mean:.3f} ({low:.3f} to {high:.3f})".format(**number) for number in numbers]
-        for value in row.get("cost", {}).values():
-            cells.append(f"{value:.1f}" if isinstance(value, float) else f"{value:,}")
-        table.append([name, *cells])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def draw(models, arms, path):
-    """Accuracy from step to step, and each step's learning curve."""
-    figure = Figure(figsize=(16, 5), layout="tight")
-    accuracy, reward, kl = figure.subplots(1, 3)
-    lines = {"teacher": ["TEACHER", "1-teacher-rl"] if "1-teacher-rl" in models else ["TEACHER"]}
-    for arm, row in arms.items():
-        lines[arm] = ["STUDENT", *(step for step in row["steps"] if step not in lines["teacher"])]
-    for label, names in lines.items():
-        tests = [next(iter(models[name]["test"].values())) for name in names]
-        mean, low, high = np.array([[*next(iter(test.values())).values()] for test in tests]).T
-        accuracy.errorbar(names, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=label)
-    accuracy.set(title="accuracy, sampled, on the first test", ylim=(0, 1))
+        paths[arm] = ["STUDENT", *(step for step in steps if step not in paths["teacher"])]
+    for label, names in paths.items():
+        tests = [models[name]["test"][args.test_data[0]] for name in names]
+        accuracy.plot(names, [[*test.values()][0]["mean"] for test in tests], "o-", label=label)
+    accuracy.set(title=f"accuracy on {args.test_data[0]}, sampled", ylim=(0, 1))
     accuracy.tick_params(axis="x", rotation=90)
     reward.set(title="GRPO: mean reward of the rollouts", xlabel="updates")
     kl.set(title="dense steps: KL per token", xlabel="updates", yscale="log")
-    for name, model in models.items():
-        for axis, key in (reward, "reward"), (kl, "kl"):
-            if key in model:
-                axis.plot(*model[key], label=name)
     for axis in figure.axes:
-        if axis.lines:
-            axis.legend(fontsize=8, loc="upper right", ncols=2)
-    figure.savefig(path)
+        axis.legend(handles=axis.lines, fontsize=8)
+    figure.savefig(args.out / "curves.png")
+    results = {"settings": vars(args), "models": models, "arms": arms}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
+    tests = models["STUDENT"]["test"]
+    columns = [f"{key}, {Path(test).stem}" for test in tests for key in tests[test]]
+    table = [["", *columns, *cost], ["---"] * (1 + len(columns) + len(cost))]
+    for name, row in (models | {f"**{arm}**": arms[arm] for arm in arms}).items():
+        numbers = [number for test in row["test"].values() for number in test.values()]
+        cells = ["{mean:.3f} ({low:.3f} to {high:.3f})".format(**number) for number in numbers]
+        cells += [f"{round(value, 1):,}" for value in row.get("cost", {}).values()]
+        table.append([name, *cells])
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+    (args.out / "table.md").write_text(text)
+    print(f"\n{text}\n{args.out}: table.md, results.json, curves.png")
 
 
 # --- main -----------------------------------------------------------------------------------------
-def bridge(args):
-    models = args.teacher, args.student
-    teacher, student = (AutoTokenizer.from_pretrained(model).get_vocab() for model in models)
-    if teacher != student:
-        fail(f"{args.teacher} and {args.student} have different tokenizers: no bridge between them")
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "lock").exists():
-        fail(f"{args.out} holds something that is no run of the recipe: give another --out")
-    splits = split_problems(args)
-    if args.dry_run:
-        run_all(args, splits)
-        return
-    print(f"--out {args.out} goes on with this run, once no step of it is at work any more")
-    (args.out / "data").mkdir(parents=True, exist_ok=True)
-    with (args.out / "lock").open("w") as lock:
-        os.set_inheritable(lock.fileno(), True)  # a step that outlives us, killed, still holds it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        report(args, run_all(args, splits), len(splits["VAL"]))
-
-
 def main(argv=None):
     try:
-        bridge(parse_arguments(argv))
-    except (OSError, SyntaxError) as error:  # no such model or file, no room; a slip in a script
+        args = parse_arguments(argv)
+        teacher, student = map(AutoTokenizer.from_pretrained, (args.teacher, args.student))
+        if teacher.get_vocab() != student.get_vocab():
+            fail(f"{args.teacher} and {args.student} have different tokenizers: no bridge between")
+        if args.out.exists() and any(args.out.iterdir()) and not (args.out / "lock").exists():
+            fail(f"{args.out} holds something that is no run of the recipe: give another --out")
+        splits = split_problems(args, student)
+        if args.dry_run:
+            return run_all(args, splits)
+        print(f"--out {args.out} goes on with this run, once no step of it is at work any more")
+        (args.out / "data").mkdir(parents=True, exist_ok=True)
+        with (args.out / "lock").open("w") as lock:  # a step that outlives us still holds it
+            os.set_inheritable(lock.fileno(), True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name, rows in splits.items():
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                (args.out / f"data/{name.lower()}.jsonl").write_text(lines)
+            report(args, run_all(args, splits), len(splits["VAL"]))
+    except (OSError, SyntaxError) as error:  # no such file; a slip in a script
         fail(str(error).splitlines()[0])
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out goes on at the unfinished step", 130)
+        fail("stopped; the same command with --out goes on at the unfinished step")
 
 
 if __name__ == "__main__":

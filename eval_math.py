@@ -1,17 +1,14 @@
 """Evaluation: how often a model is right, and how sure one can be of that number.
 
-Each problem is answered n times by sampling and once greedily. A benchmark's problems stand for
-more of their kind, so every number is a mean over problems, with a 95 % interval by bootstrap over
-problems. (An interval of width 0 says that all problems agreed, and no more than that.)
+Each problem is answered n times by sampling and once greedily. Every number is a mean over problems
+and has a 95 % interval, by bootstrap over problems. Evaluation may filter (top-p, top-k), training
+never does. What is drawn follows from (--seed, problem, index), so a run that was killed ends with
+the same samples; samples.jsonl holds them, and --regrade judges that file anew, without a model.
 
   Eq. 1  avg@n = c / n, where c of the n samples of a problem are right
   Eq. 2  pass@k = 1 - C(n - c, k) / C(n, k), the chance that k of the n hold a right one: unbiased
   Eq. 3  maj@n = is the answer with most votes right? Answers that are equal as mathematics vote
          together, no box is no vote, and in a tie of m answers each counts 1/m
-
-Evaluation may filter (top-p, top-k); training never does. What is drawn follows from (--seed,
-problem, index), so a run that was killed ends with the same samples. samples.jsonl holds them all
-with what decided each verdict; --regrade judges that file anew, without a model.
 
     python eval_math.py                     the pocket student: a quarter of a minute
     python eval_math.py --model Qwen/Qwen3-1.7B --data math500 --out runs/base --plot
@@ -28,7 +25,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +34,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub import hf_hub_download
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -104,14 +102,9 @@ def parse_arguments(argv):
             setattr(args, key, tiny if args.preset == "tiny" else paper)
         if least is not None and not least <= getattr(args, key) < float("inf"):
             fail(f"{name} must be at least {least}, not {getattr(args, key)}")
+    if args.k and not 1 <= min(args.k) <= max(args.k) <= args.n:
+        fail(f"--k {max(args.k)}: pass@k needs a k from 1 to --n, which is {args.n}")
     return args, config.max_position_embeddings
-
-
-def which_k(given, n):
-    """The k of pass@k: those asked for, else 1, 2, 4, ... and n."""
-    if given and not 1 <= min(given) <= max(given) <= n:
-        fail(f"--k {max(given)}: pass@k needs k from 1 to the number of samples, which is {n}")
-    return sorted({*given} if given else {n, *(2**i for i in range(n.bit_length()))})
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -120,12 +113,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
-    if WORLD == 1:
-        return
-    if device == "cuda":
+    if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Gloo for tensors on a CPU, nccl for those on a GPU. Some rollouts take far longer than others.
-    dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
+        dist.init_process_group(timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -145,22 +136,18 @@ def fetch(name):
     repo, file, *split = BENCHMARKS[name]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would count its retries
     try:
-        if split:
-            from datasets import load_dataset
+        if not split:
+            return Path(hf_hub_download(repo, file, repo_type="dataset")).open("rb")
+        from datasets import load_dataset
 
-            return [json.dumps(row) for row in load_dataset(repo, file, split=split[0])]
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repo, file, repo_type="dataset")).open("rb")
-    except (ImportError, OSError) as error:
-        why = "no network" if isinstance(error, OSError) else f"pip install {error.name}"
+        return [json.dumps(row) for row in load_dataset(repo, file, split=split[0])]
+    except (ImportError, OSError):
         url = f"{QWEN}/{name}" if split else f"https://huggingface.co/datasets/{repo}/resolve/main"
-        fail(f"{name}: {why}; or download {url}/test.jsonl and point --data to that file")
+        fail(f"{name}: no network or `datasets`; download {url}/test.jsonl and point --data to it")
 
 
 def read_rows(source):
     """(where, row) for each line of a JSONL file, or for each problem of a benchmark."""
-    # vs grpo.py: benchmarks by their names, no other data sets of the hub
     lines = fetch(source) if source in BENCHMARKS else Path(source).open("rb")
     for number, line in enumerate(lines, 1):
         try:
@@ -171,7 +158,7 @@ def read_rows(source):
 
 def render(text, tokenizer, args):
     """The prompt of a problem, and its token ids."""
-    plain, prompt = tokenizer.chat_template is None, text + args.prompt_suffix
+    prompt, plain = text + args.prompt_suffix, tokenizer.chat_template is None
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
@@ -255,7 +242,6 @@ def same_answer(gold, answer):
 
 def judge(gold, completion):
     """The answer that a completion gives, whether it is right, and what decided that."""
-    # vs grpo.py: the clock has a say within math-verify only; and a file can be judged anew
     answer = last_boxed(completion)
     if answer is None:
         return {"answer": None, "right": False, "grader": "no box"}
@@ -270,16 +256,15 @@ def judge(gold, completion):
 class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, keys, values, *args, **kwargs):
         # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
-        new = torch.stack([key_states.to(value_states.dtype), value_states])
+        new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
-            self.lazy_initialization(new[0], new[1])
+            self.lazy_initialization(*new)
             self.room = new[:, :, :, :0]
         start, end = self.get_seq_length(), self.get_seq_length() + new.shape[3]
         if end > self.room.shape[3]:
-            more = end - self.room.shape[3] + 64
-            self.room = torch.nn.functional.pad(self.room, (0, 0, 0, more))
+            self.room = pad(self.room, (0, 0, 0, end + 64 - self.room.shape[3]))
         self.room[:, :, :, start:end] = new
         self.keys, self.values = self.room[:, :, :, :end]
         return self.keys, self.values
@@ -299,8 +284,7 @@ def choose(logits, sampling, noise):
     """The next tokens (n,): from the likeliest down, where their running sum passes the noise."""
     # vs grpo.py: filtered, and in an order that makes noise 0 the greedy choice
     temperature, top_k, top_p = sampling
-    size = logits.shape[-1]
-    logits, ids = logits.topk(min(top_k or size, size))  # (n, K)
+    logits, ids = logits.topk(min(top_k, logits.shape[-1]) or logits.shape[-1])  # (n, K)
     p = (logits.double() / temperature).softmax(-1)
     running = p.cumsum(-1)
     last = (~(running - p >= top_p)).sum(-1, keepdim=True) - 1  # (n, 1), the one to reach top_p
@@ -311,51 +295,30 @@ def choose(logits, sampling, noise):
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
     """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
-    device, (n, length) = model.device, noise.shape
-    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
-    prompt_ids, prompt_mask = pad_left(prompts, device)  # (B, P)
-    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
+    prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
+    position = (attention.cumsum(1) - 1).clamp(min=0)
     cache = Cache(layer_class_to_replicate=KVLayer)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    out = model(prompt_ids, attention_mask=prompt_mask, position_ids=position, **options)
+    logits = model(prompt_ids, attention, position, cache, logits_to_keep=1).logits[owner, -1]
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
-    logits, position = out.logits[owner, -1], position[owner, -1]  # (n, V), (n,)
-    attention = torch.nn.functional.pad(prompt_mask[owner], (0, length), value=1)  # (n, P + T)
-    completion_ids = torch.zeros(n, length, dtype=torch.long, device=device)
-    rows = torch.arange(n, device=device)  # those still in the batch
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    for t in range(length):
-        token = choose(logits, temperature, noise[rows, t])
-        completion_ids[rows, t] = token
-        finished = finished | torch.isin(token, eos_ids)
-        if finished.all() or t == length - 1:
+    attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
+    rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
+    for t in range(noise.shape[1]):
+        completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
+        alive = ~torch.isin(completion_ids[rows, : t + 1], eos_ids).any(1)
+        if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if finished.float().mean() >= 0.25:  # dropping rows copies the cache: not for a few
-            kept = (~finished).nonzero().squeeze(1)
-            rows, token, finished = rows[kept], token[kept], finished[kept]
-            position, attention = position[kept], attention[kept]
-            cache.batch_select_indices(kept)
-        position = position + 1
-        seen = attention[:, : prompt_ids.shape[1] + t + 1]
-        out = model(token[:, None], attention_mask=seen, position_ids=position[:, None], **options)
-        logits = out.logits[:, -1]
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: not for a few
+            rows, attention, position = rows[alive], attention[alive], position[alive]
+            cache.batch_select_indices(alive)
+        attention, position = pad(attention, (0, 1), value=1), position + 1
+        token = completion_ids[rows, t, None]
+        logits = model(token, attention, position, cache, logits_to_keep=1).logits[:, -1]
     # Up to and with the first EOS, by position: the padding may be the EOS token too.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
-
-
-def draw(model, problems, rows, args):
-    """A completion for each (problem, index) of rows; index 0 is the greedy one."""
-    noise = np.zeros((len(rows), args.max_new_tokens))
-    for i, (number, index) in enumerate(rows):
-        if index > 0:  # its own stream: another batch size or another n draws the same
-            noise[i] = np.random.default_rng([args.seed, number, index]).random(noise.shape[1])
-    first = rows[0][0]
-    prompts = [problem["ids"] for problem in problems[first : rows[-1][0] + 1]]
-    owner = torch.tensor([number - first for number, _ in rows], device=model.device)
-    noise = torch.from_numpy(noise).to(model.device)
-    return decode(model, prompts, owner, noise, (args.temperature, args.top_k, args.top_p))
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -366,20 +329,17 @@ def write_whole(path, content):
 
 
 def open_run(args, model, problems):
-    """The directory of the run, made or reopened, and what its samples come from."""
+    """The directory of the run, made or reopened, its config, and the samples that it holds."""
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    while args.out is None and out.exists():  # two runs in one second
-        out = out.with_name(out.name + "b")
     asked = ("out", "k", "plot", "regrade", "compare")  # what no sample depends on
     config = {"settings": {k: v for k, v in vars(args).items() if k not in asked}}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
-    # Training moves the first values of a tensor: they tell a model from another of its name.
+    # Training moves the first values of a tensor, and a template shows in the first prompt.
     values = [p.detach().flatten()[:256].float().tolist() for p in model.parameters()]
-    prompts = [problem["prompt"] for problem in problems]  # the template is part of the model
     pairs = [[problem["problem"], problem["answer"]] for problem in problems]
     code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
-    for name, content in ("model", [values, prompts]), ("data", pairs), ("code", code):
-        config[name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    for key, content in ("model", [values, problems[0]["prompt"]]), ("data", pairs), ("code", code):
+        config[key] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = out / "config.json"
     if path.exists():
         old = json.loads(path.read_text())
@@ -390,192 +350,135 @@ def open_run(args, model, problems):
             fail(f"{out}: {', '.join(differs)}: a new --out keeps both; --regrade takes no samples")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs in a second
     write_whole(path, config)
-    return out, config
+    path = out / "samples.jsonl"
+    path.touch()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+    return out, config, [line for _, line in read_rows(path)]
 
 
-def complete(model, tokenizer, problems, part, args):
-    """A line of samples.jsonl for each (problem, index) of part."""
-    lines = []
-    drawn = (tensor.cpu() for tensor in draw(model, problems, part, args)) if part else ([], [], [])
-    for (number, index), ids, mask, clipped in zip(part, *drawn, strict=True):
+def draw(model, tokenizer, problems, rows, args):
+    """A line of samples.jsonl for each (problem, index) of rows; index 0 is the greedy one."""
+    # A stream for each sample: another batch size or another n draws the same.
+    noise = [np.random.default_rng([args.seed, *row]).random(args.max_new_tokens) for row in rows]
+    noise = torch.tensor(np.array(noise), device=model.device)
+    noise[[index == 0 for _, index in rows]] = 0
+    first = rows[0][0]
+    prompts = [problem["ids"] for problem in problems[first : rows[-1][0] + 1]]
+    owner = torch.tensor([number - first for number, _ in rows], device=model.device)
+    drawn = decode(model, prompts, owner, noise, (args.temperature, args.top_k, args.top_p))
+    for (number, index), ids, mask, clipped in zip(rows, *drawn, strict=True):
         problem = problems[number]
-        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        text = tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
         line = {"problem": number, "index": index, "where": problem["where"]}
         line |= {key: problem["row"][key] for key in STRATA if key in problem["row"]}
         line |= {"completion": text, "tokens": int(mask.sum()), "clipped": bool(clipped)}
-        lines.append(line | {"gold": problem["answer"]} | judge(problem["answer"], text))
-    return lines
-
-
-def take_samples(model, tokenizer, problems, path, args):
-    """The lines of samples.jsonl: those that are there, and from there on new ones."""
-    lines = None
-    if RANK == 0:
-        with path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have cut the last line
-        lines = [line for _, line in read_rows(str(path))]
-    lines = gather(lines)[0]
-    rows = [(number, index) for number in range(len(problems)) for index in range(args.n + 1)]
-    bar, size = tqdm(total=len(rows), desc="eval", disable=RANK > 0), args.rollout_batch
-    bar.update(len(lines))
-    done = len(lines) if len(lines) == len(rows) else len(lines) // size * size
-    for start in range(done, len(rows), size * WORLD):  # a batch for each process
-        # A batch that a kill left half-written is drawn whole: in other company a row's logits
-        # differ by a rounding error. What is there already stays.
-        own = rows[start + RANK * size : start + (RANK + 1) * size]
-        drawn = gather(complete(model, tokenizer, problems, own, args))
-        new = [line for part in drawn for line in part][len(lines) - start :]
-        if not lines:
-            first = problems[0]["prompt"], new[0]["completion"]
-            bar.write("{!r} -> {!r}: {}".format(*first, new[0]["right"]))
-        lines += new
-        if RANK == 0:
-            with path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in new)
-        bar.update(len(new))
-        bar.set_postfix(right=f"{np.mean([line['right'] for line in lines]):.3f}")
-    return lines
+        yield line | {"gold": problem["answer"]} | judge(problem["answer"], text)
 
 
 # --- metrics --------------------------------------------------------------------------------------
-def pass_at_k(n, c, k):
-    """The chance that k of n samples, c of them right, hold a right one."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)  # Eq. 2
+def measure(samples, ks):
+    """The numbers of one problem; the first of its samples is the greedy one."""
+    greedy, *drawn = samples
+    n, c = len(drawn), sum(sample["right"] for sample in drawn)
+    votes = {}  # for wrong answers: of those that are equal the first one gets all
+    for answer in (s["answer"] for s in drawn if not s["right"] and s["answer"] is not None):
+        first = next((other for other in votes if same_answer(other, answer)), answer)
+        votes[first] = votes.get(first, 0) + 1
+    ballot = [c, *votes.values()]
+    return {
+        f"avg@{n}": c / n,  # Eq. 1
+        "greedy": float(greedy["right"]),
+        **{f"pass@{k}": 1 - math.comb(n - c, k) / math.comb(n, k) for k in ks},  # Eq. 2
+        f"maj@{n}": (c == max(ballot) > 0) / ballot.count(max(ballot)),  # Eq. 3
+        "length": np.mean([sample["tokens"] for sample in drawn]),
+        "clipped": np.mean([sample["clipped"] for sample in drawn]),
+        "no box": np.mean([sample["answer"] is None for sample in drawn]),
+    }
 
 
-def majority(samples):
-    """1 if the right answers win the vote, 0 if they lose it, 1/m if they are one of m in a tie."""
-    right = sum(sample["right"] for sample in samples)
-    wrong = [s["answer"] for s in samples if not s["right"] and s["answer"] is not None]
-    votes = Counter()  # for each wrong answer; of those that are equal the first one gets all
-    for answer, count in Counter(wrong).items():
-        votes[next((first for first in votes if same_answer(first, answer)), answer)] += count
-    ballot = [right, *votes.values()]
-    return (right == max(ballot) > 0) / ballot.count(max(ballot))  # Eq. 3
-
-
-def measure(problems, ks):
-    """{name: a value for each problem (P,)}; a problem is its samples, the greedy one first."""
-    n = len(problems[0]) - 1
-    drawn = [own[1:] for own in problems]
-    right = [sum(sample["right"] for sample in own) for own in drawn]
-    values = {f"avg@{n}": [c / n for c in right]}  # Eq. 1
-    values["greedy"] = [own[0]["right"] for own in problems]
-    values |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in ks}
-    values[f"maj@{n}"] = [majority(own) for own in tqdm(drawn, "vote", leave=False, delay=2)]
-    values["length"] = [np.mean([sample["tokens"] for sample in own]) for own in drawn]
-    values["clipped"] = [np.mean([sample["clipped"] for sample in own]) for own in drawn]
-    values["no box"] = [np.mean([sample["answer"] is None for sample in own]) for own in drawn]
-    return {name: np.array(column, float) for name, column in values.items()}
-
-
-def interval(values, resamples=4000):
-    """The mean over problems, and where 95 % of the means of resampled problems lie."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def summarize(lines, ks):
-    """Every number of the table, and those that --compare pairs: {"metrics", "by", "each"}."""
-    size = lines[-1]["index"] + 1
-    problems = [lines[i : i + size] for i in range(0, len(lines), size)]
-    values = measure(problems, ks)
-    main = [name for name in values if name.startswith(("avg", "greedy", "maj"))]
-    results = {"metrics": {name: interval(column) for name, column in values.items()}, "by": {}}
-    for field in (field for field in STRATA if field in lines[0]):
-        strata = np.array([str(samples[0].get(field)) for samples in problems])
-        order = sorted({*strata.tolist()}, key=lambda s: s.zfill(9) if s.isdigit() else s)
-        results["by"][field] = {
-            stratum: {"problems": int((strata == stratum).sum())}
-            | {name: interval(values[name][strata == stratum]) for name in main}
-            for stratum in order
-        }
-    columns = {name.split("@")[0]: values[name].tolist() for name in main}
-    columns["where"] = [samples[0]["where"] for samples in problems]
-    rows = zip(*columns.values(), strict=True)
-    return results | {"each": [dict(zip(columns, row, strict=True)) for row in rows]}
+def intervals(rows, resamples=4000):
+    """Each number's mean over problems, and where 95 % of the means of resampled problems lie."""
+    chosen = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
+    numbers = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        low, high = np.percentile(values[chosen].mean(1), [2.5, 97.5])
+        numbers[name] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    return numbers
 
 
 # --- report ---------------------------------------------------------------------------------------
 def report(out, lines, args, config):
-    """Writes results.json, prints the table and draws the picture."""
-    n = lines[-1]["index"]
-    results = config | {"n": n} | summarize(lines, which_k(args.k, n))
-    write_whole(out / "results.json", results)
-    print(f"\n{len(results['each'])} problems; mean (95 % interval, bootstrap over problems)")
-    for name, number in results["metrics"].items():
-        print("{:<8} {:9.3f} ({:.3f} to {:.3f})".format(name, *number.values()))
-    for field, strata in results["by"].items():
-        names = [*next(iter(strata.values()))][1:]
-        print(f"\n{field:<22} problems", *(f"{name:>13}{'':11}" for name in names))
-        for stratum, (problems, *numbers) in ((s, strata[s].values()) for s in strata):
-            cells = ("{:7.3f} ({:.3f} to {:.3f})".format(*number.values()) for number in numbers)
-            print(f"{stratum:<22} {problems:>8}", *cells)
-    if results["metrics"]["clipped"]["mean"] > 0.5:
+    """Writes results.json, prints its table and draws its picture."""
+    n = max((line["index"] for line in lines), default=0)
+    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # the whole ones
+    ks = sorted(args.k or {n, *(2**i for i in range(n.bit_length()))})
+    if not problems or not 1 <= ks[0] <= ks[-1] <= n:
+        fail(f"{out}: {len(problems)} problems with all {n} samples: pass@{ks[-1]} needs more")
+    rows = [measure(samples, ks) for samples in tqdm(problems, "vote", leave=False, delay=2)]
+    metrics, by, avg, strata = intervals(rows), {}, f"avg@{n}", {}
+    for field in (field for field in STRATA if field in lines[0]):
+        names = [str(samples[0].get(field)) for samples in problems]
+        by[field] = {}
+        for name in sorted({*names}, key=lambda s: s.zfill(9) if s.isdigit() else s):
+            own = [row for row, other in zip(rows, names, strict=True) if other == name]
+            by[field][name] = {"problems": len(own)} | intervals(own)
+            strata[f"{avg}, {field} {name}"] = by[field][name][avg]
+    each = [  # what --compare pairs
+        {"avg": row[avg], "greedy": row["greedy"], "maj": row[f"maj@{n}"], "where": own[0]["where"]}
+        for row, own in zip(rows, problems, strict=True)
+    ]
+    write_whole(out / "results.json", config | {"n": n, "metrics": metrics, "by": by, "each": each})
+    print(f"\n{len(problems)} problems: mean (95 % interval, bootstrap); more: {out}/results.json")
+    for name, number in (metrics | strata).items():
+        print("{:<38} {mean:9.3f} ({low:.3f} to {high:.3f})".format(name, **number))
+    if metrics["clipped"]["mean"] > 0.5:
         print("over half of the completions are cut: --max-new-tokens")
-    print(f"\nthe numbers: {out}/results.json; what they come from: {out}/samples.jsonl")
     if args.plot:
-        draw_results(results, out / "results.png")
+        import matplotlib.pyplot as plt
 
-
-def draw_results(results, path):
-    """The pass@k curve, and the accuracy by difficulty, with their intervals."""
-    import matplotlib.pyplot as plt
-
-    metrics, avg = results["metrics"], f"avg@{results['n']}"
-    panels = {"pass@k": {name[5:]: metrics[name] for name in metrics if name.startswith("pass@")}}
-    for field, strata in results["by"].items():
-        panels[f"{avg} by {field}"] = {name: numbers[avg] for name, numbers in strata.items()}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (title, numbers) in zip(axes[0], panels.items(), strict=True):
-        mean, low, high = np.array([[*number.values()] for number in numbers.values()]).T
-        span = np.maximum(0, [mean - low, high - mean])
-        axis.errorbar([*numbers], mean, span, fmt="o-" if title == "pass@k" else "o", capsize=3)
-        axis.set(title=title, ylim=(0, 1))
-    figure.autofmt_xdate()  # room for the names of subjects
-    figure.savefig(path, dpi=150)
-    print(f"the picture: {path}")
+        curve = {name: metrics[name] for name in metrics if name.startswith("pass@")}
+        panels = [numbers for numbers in (curve, strata) if numbers]
+        size = {"figsize": (6 * len(panels), 5), "squeeze": False, "subplot_kw": {"ylim": (0, 1)}}
+        figure, axes = plt.subplots(1, len(panels), **size)
+        for axis, numbers in zip(axes[0], panels, strict=True):
+            mean, low, high = np.array([[*number.values()] for number in numbers.values()]).T
+            span = np.maximum(0, [mean - low, high - mean])
+            axis.errorbar([*numbers], mean, span, fmt="o", capsize=3)
+        figure.autofmt_xdate()  # room for the names of subjects
+        figure.savefig(out / "results.png", dpi=150, bbox_inches="tight")
 
 
 def regrade(path, args):
     """Judges every completion of a samples.jsonl anew; the file itself stays as it is."""
     lines, changed = [], 0
     for where, line in read_rows(path):
-        if not {"index", "gold", "completion", "right"} <= line.keys():
+        if not {"index", "where", "completion", "tokens", "clipped", "gold", "right"} <= {*line}:
             fail(f"{where}: not a line of a samples.jsonl")
         lines.append(line | judge(line["gold"], line["completion"]))
         changed += lines[-1]["right"] != line["right"]
-    size = 1 + max((line["index"] for line in lines), default=0)
-    cut = len(lines) % size  # a killed run may end within a problem
-    if len(lines) < size or size == 1:
-        fail(f"{path}: not one problem with all its samples")
-    print(f"{path}: {changed} of {len(lines)} verdicts changed, the last {cut} lines left out")
+    print(f"{path}: {changed} of {len(lines)} verdicts changed")
     config = Path(path).with_name("config.json")
     config = json.loads(config.read_text()) if config.exists() else {}
-    report(Path(path).parent, lines[: len(lines) - cut], args, config)
+    report(Path(path).parent, lines, args, config)
 
 
 def compare(one, other):
     """The second run minus the first: paired by problem, because problems differ more than runs."""
-    runs = [json.loads(Path(out, "results.json").read_text()) for out in (one, other)]
-    if runs[0].get("data") != runs[1].get("data") or len(runs[0]["each"]) != len(runs[1]["each"]):
+    a, b = (json.loads(Path(out, "results.json").read_text()) for out in (one, other))
+    if a.get("data") != b.get("data") or len(a["each"]) != len(b["each"]):
         fail(f"{one} and {other} are about different problems: nothing to pair")
-    pairs = list(zip(runs[0]["each"], runs[1]["each"], strict=True))
+    pairs = [*zip(a["each"], b["each"], strict=True)]
+    gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]
     print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
-    for name in ("avg", "greedy", "maj"):
-        a, b = np.array([[a[name], b[name]] for a, b in pairs]).T
-        numbers = a.mean(), b.mean(), *interval(b - a).values()
-        print("{:<8} {:.3f} -> {:.3f} {:+8.3f} ({:+.3f} to {:+.3f})".format(name, *numbers))
-    for side, sign in ("right", 1), ("wrong", -1):  # by more than half of the votes
-        moved = [(a, b) for a, b in pairs if ((b["maj"] > 0.5) - (a["maj"] > 0.5)) == sign]
-        print(f"{len(moved)} problems became {side} by majority; avg before and after:")
-        for a, b in moved:
-            print(f"  {a['where']}  {a['avg']:.2f} -> {b['avg']:.2f}")
+    for name, gain in intervals(gains).items():
+        print("{:<8} {mean:+9.3f} ({low:+.3f} to {high:+.3f})".format(name, **gain))
+    for a, b in pairs:
+        if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # by more than half of the votes
+            side = "right" if b["maj"] > 0.5 else "wrong"
+            print(f"{a['where']} became {side} by majority; avg {a['avg']:.2f} -> {b['avg']:.2f}")
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -599,26 +502,37 @@ def main(argv=None):
 
 def evaluate(args, context):
     start_processes(args.device)
-    which_k(args.k, args.n)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
         print(f"{args.model} has no chat template: the problem goes in as it is")
-    # vs grpo.py: nothing is skipped, because the mean would be one over the shorter problems
-    problems = load_problems(args.data, tokenizer, args, float("inf"))
-    longest = max(problems, key=lambda problem: len(problem["ids"]))
-    room = context - len(longest["ids"])
-    if room < args.max_new_tokens:
-        fail(f"{longest['where']}: a context of {context} leaves {room}: lower --max-new-tokens")
+    problems = load_problems(args.data, tokenizer, args, float("inf"))  # vs grpo.py: skips none
+    if max(len(problem["ids"]) for problem in problems) + args.max_new_tokens > context:
+        fail(f"not every problem fits a context of {context} tokens: lower --max-new-tokens")
     read_answers(problems)
-    transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    out, config = gather(None if RANK else open_run(args, model, problems))[0]
-    print(f"--out {out} goes on with this run")
-    print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
-    lines = take_samples(model, tokenizer, problems, out / "samples.jsonl", args)
+    out, config, lines = gather(None if RANK else open_run(args, model, problems))[0]
+    print(f"--out {out} goes on with this run:", *(f"{k}={v!r}" for k, v in vars(args).items()))
+
+    rows = [(number, index) for number in range(len(problems)) for index in range(args.n + 1)]
+    bar = tqdm(desc="eval", total=len(rows), initial=len(lines), disable=RANK > 0)
+    # A batch that a kill cut short is drawn whole: in other company a row's logits round otherwise.
+    size = args.rollout_batch
+    done = len(lines) if len(lines) == len(rows) else len(lines) // size * size
+    for start in range(done, len(rows), size * WORLD):  # a batch for each process
+        own = rows[start + RANK * size : start + (RANK + 1) * size]
+        drawn = gather([*draw(model, tokenizer, problems, own, args)] if own else [])
+        new = [line for part in drawn for line in part][len(lines) - start :]
+        if not lines:
+            bar.write(f"{problems[0]['prompt']!r} -> {new[0]['completion']!r}: {new[0]['right']}")
+        lines += new
+        if RANK == 0:
+            with (out / "samples.jsonl").open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+        bar.set_postfix(right=f"{np.mean([line['right'] for line in lines]):.3f}")
+        bar.update(len(new))
     if RANK == 0:
         report(out, lines, args, config)
 

@@ -9,9 +9,11 @@ With x = z / τ for the logits z of one token, and log p = x − logsumexp(x):
 Online, in one pass (Triton), with m the largest x so far: S = Σ e^(x − m) for p and q, and
 D = Σ e^(x_p − m_p) d, where d = (x_p − m_p) − (x_q − m_q) is centred. If the maxima grow by Δ:
 S ← S e^(−Δ) and D ← (D + S_p (Δ_q − Δ_p)) e^(−Δ_p). In the end KL = D/S_p − log S_p + log S_q.
+For the backward, log p − log q = d − (log S_p − log S_q): the difference of two logarithms that are
+rounded would lose the digits of a small KL.
 
 Autograd would keep several fp32 copies of the logits. Here the backward needs the logits alone and
-the KL or entropy, and computes everything else again, a few rows at a time.
+a few numbers per row, and computes everything else again, a few rows at a time.
 """
 
 import torch
@@ -20,33 +22,45 @@ CHUNK = 1 << 17  # logits at once, at least a row: bounds the memory, and stays 
 
 
 def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
-    """Writes the KL of each row of logits (rows, V) whose mask is not 0; no log-sum-exps."""
+    """Writes KL, max z_p, log S_p, max z_q, log S_q of each row (rows, V) whose mask is not 0."""
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(mask, student):
-        log_p, log_q = log_softmax(p, rows, temperature), log_softmax(q, rows, temperature)
-        kl[rows] = weighted(log_p.exp(), log_p.sub_(log_q))[1]
+        x_p, p_max = centred(p, rows, temperature)
+        x_q, q_max = centred(q, rows, temperature)
+        p_exp = x_p.exp()
+        _, d_sum = weighted(p_exp, x_p.sub_(x_q))
+        p_sum, q_sum = p_exp.sum(-1, keepdim=True), x_q.exp_().sum(-1, keepdim=True)
+        kl[rows] = (d_sum / p_sum - (p_sum.log() - q_sum.log()))[:, 0]
+        lse[rows] = torch.cat([p_max, p_sum.log(), q_max, q_sum.log()], -1)
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
     """Writes scale · τ ∂KL/∂z into grad, for the student's z; 0 where the scale is."""
     grad.index_fill_(0, (scale == 0).nonzero()[:, 0], 0)
+    p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(scale != 0, student):
+        p_max, p_log, q_max, q_log = lse[rows].split(1, -1)
+        x_p, _ = centred(p, rows, temperature, p_max)
+        x_q, _ = centred(q, rows, temperature, q_max)
         if direction == "reverse":
-            log_s, log_t = (log_softmax(z, rows, temperature) for z in (student, teacher))
-            s = log_s.exp()
-            dz, _ = weighted(s, log_s.sub_(log_t).sub_(kl[rows, None]))
+            x = (x_p - x_q).sub_(p_log - q_log).sub_(kl[rows, None])
+            s = x_p.sub_(p_log).exp_()
+            dz, _ = weighted(s, x)
         else:
-            s = log_softmax(student, rows, temperature, torch.softmax)  # spares an exp
-            dz = s - log_softmax(teacher, rows, temperature, torch.softmax)
+            s = x_q.sub_(q_log).exp_()
+            dz = s - x_p.sub_(p_log).exp_()
         grad[rows] = balanced(dz, s).mul_(scale[rows, None])
 
 
 def logprob_forward(logp, entropy, lse, logits, ids, temperature):
-    """Writes log p[id] and the entropy of each row of logits (rows, V); no log-sum-exps."""
+    """Writes log p[id], the entropy, and max z and log S of each row of logits (rows, V)."""
     for rows in chunks(torch.ones_like(ids, dtype=torch.bool), logits):
-        log_p = log_softmax(logits, rows, temperature)
-        logp[rows] = log_p.gather(-1, ids[rows, None])[:, 0]
-        entropy[rows] = -weighted(log_p.exp(), log_p)[1]
+        x, z_max = centred(logits, rows, temperature)
+        x_exp = x.exp()
+        x_id, total = x.gather(-1, ids[rows, None]), x_exp.sum(-1, keepdim=True)
+        logp[rows] = (x_id - total.log())[:, 0]
+        entropy[rows] = (total.log() - weighted(x_exp, x)[1] / total)[:, 0]
+        lse[rows, :2] = torch.cat([z_max, total.log()], -1)
 
 
 def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, temperature):
@@ -54,29 +68,30 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, t
     live = (g_logp != 0) | (g_entropy != 0)
     grad.index_fill_(0, (~live).nonzero()[:, 0], 0)
     for rows in chunks(live, logits):
-        log_p, g_one = log_softmax(logits, rows, temperature), g_logp[rows, None]
-        p = log_p.exp()
+        z_max, log_sum = lse[rows, :2].split(1, -1)
+        log_p = centred(logits, rows, temperature, z_max)[0].sub_(log_sum)
+        p, g_one = log_p.exp(), g_logp[rows, None]
         x = log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_one)
         dz, _ = weighted(p, x)
         grad[rows] = balanced(dz.scatter_add_(-1, ids[rows, None], g_one), p)
 
 
-def log_softmax(logits, rows, temperature, function=torch.log_softmax):
-    """Of these rows of logits / τ, in fp32; or another function of them, the softmax."""
-    chunk = logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if temperature != 1:  # centred before they are divided: an offset would cost them digits
-        chunk = chunk.log_softmax(-1, dtype=dtype).div_(temperature)
-    return function(chunk, -1, dtype=dtype)
+def centred(logits, rows, temperature, z_max=None):
+    """x − max x of these rows in fp32, and max z; undivided first, as an offset costs digits."""
+    z = logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)
+    if z_max is None:
+        z_max = z.amax(-1, keepdim=True).to(torch.promote_types(z.dtype, torch.float32))
+    x = z - z_max
+    return (x if temperature == 1 else x.div_(temperature)), z_max
 
 
 def weighted(p, x):
     """p · x and its sum a row; 0 where p is 0 and x infinite, a guard so slow that it waits."""
     product = p * x
-    total = product.sum(-1)
+    total = product.sum(-1, keepdim=True)
     if total.isnan().any():
         product = p * x.masked_fill(p == 0, 0)
-        total = product.sum(-1)
+        total = product.sum(-1, keepdim=True)
     return product, total
 
 

@@ -44,16 +44,16 @@ def forward_kernel(
         q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         p_old, q_old = p_max, q_max
         p_max, q_max = tl.maximum(p_old, tl.max(p, 0)), tl.maximum(q_old, tl.max(q, 0))
-        p_shift, q_shift = (p_old - p_max) * beta, (q_old - q_max) * beta
-        p, q = (p - p_max) * beta, (q - q_max) * beta
-        scale, p_exp = tl.exp2(p_shift), tl.exp2(p)
+        p_shift, q_shift = p_old - p_max, q_old - q_max
+        p, q = p - p_max, q - q_max
+        scale, p_exp = tl.exp2(p_shift * beta), tl.exp2(p * beta)
         # where: a probability of 0 counts for nothing, even against an infinite difference.
         d_sum = tl.where(scale == 0, 0.0, (d_sum + p_sum * (p_shift - q_shift)) * scale)
         d_sum += tl.where(p_exp == 0, 0.0, p_exp * (p - q))
         p_sum = p_sum * scale + p_exp
-        q_sum = q_sum * tl.exp2(q_shift) + tl.exp2(q)
+        q_sum = q_sum * tl.exp2(q_shift * beta) + tl.exp2(q * beta)
     p_total, p_log, q_log = tl.sum(p_sum, 0), tl.log2(tl.sum(p_sum, 0)), tl.log2(tl.sum(q_sum, 0))
-    tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total - p_log + q_log) * LN2)
+    tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total * beta - (p_log - q_log)) * LN2)
     # Each log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
     tl.store(lse_ptr + 4 * row, p_max)
     tl.store(lse_ptr + 4 * row + 1, p_log)
@@ -71,15 +71,15 @@ def backward_kernel(
     p_max, p_log = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
     q_max, q_log = tl.load(lse_ptr + 4 * row + 2), tl.load(lse_ptr + 4 * row + 3)
     end = tl.where(scale == 0, 0, V)  # a row of scale 0 is not read
-    top = tl.full([BLOCK], V, tl.int32)
-    rest = tl.zeros([BLOCK], tl.float32)
+    top, rest = tl.full([BLOCK], V, tl.int32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
         q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
-        log_p, log_q = (p - p_max) * beta - p_log, (q - q_max) * beta - q_log
-        p, q = tl.exp2(log_p), tl.exp2(log_q)
-        dz = tl.where(p == 0, 0.0, p * ((log_p - log_q) * LN2 - kl)) if of_p else q - p
+        p, q = p - p_max, q - q_max
+        x = ((p - q) * beta - (p_log - q_log)) * LN2 - kl  # log p − log q would lose digits
+        p, q = tl.exp2(p * beta - p_log), tl.exp2(q * beta - q_log)
+        dz = tl.where(p == 0, 0.0, p * x) if of_p else q - p
         dz = tl.where(scale == 0, 0.0, scale * dz)
         is_top = (p if of_p else q) > 0.75
         tl.store(grad_ptr + row * grad_stride + v, dz, mask=(v < V) & ~is_top)

@@ -55,12 +55,18 @@ def sample(answer, right, tokens=1, clipped=False):
 # --- metrics --------------------------------------------------------------------------------------
 
 
+def pass_at_k(n, c, k):
+    """As measure() has it, of n samples that c right ones stand in front of."""
+    drawn = [sample("5", i < c) for i in range(n)]
+    return eval_math.measure([sample("6", False), *drawn], [k])[f"pass@{k}"]
+
+
 def test_pass_at_k_against_enumeration():
     for n in range(1, 8):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
             share = sum(map(any, subsets)) / len(subsets)
-            assert eval_math.pass_at_k(n, c, k) == pytest.approx(share), (n, c, k)
+            assert pass_at_k(n, c, k) == pytest.approx(share), (n, c, k)
 
 
 def test_pass_at_k_is_unbiased_where_first_k_of_n_is_noisy():
@@ -68,7 +74,7 @@ def test_pass_at_k_is_unbiased_where_first_k_of_n_is_noisy():
     n, p = 16, 0.1
     for k in (1, 2, 4, 8, 16):
         weights = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-        mean = sum(w * eval_math.pass_at_k(n, c, k) for c, w in enumerate(weights))
+        mean = sum(w * pass_at_k(n, c, k) for c, w in enumerate(weights))
         assert mean == pytest.approx(1 - (1 - p) ** k)
 
 
@@ -83,19 +89,21 @@ def test_pass_at_k_is_unbiased_where_first_k_of_n_is_noisy():
         ("- - - 1/2", 1),  # no box is no vote
         ("- - - -", 0),
         ("3 3 4 -", 0),
+        ("3 4 3 0.5 1/2 3.0", 0),
     ],
 )
 def test_majority(votes, share):
     for order in (votes.split(), votes.split()[::-1]):
         texts = [None if text == "-" else text for text in order]
         samples = [sample(t, t is not None and eval_math.same_answer("1/2", t)) for t in texts]
-        assert eval_math.majority(samples) == share
+        for greedy in (sample("1/2", True), sample("3", False)):  # has no vote
+            assert eval_math.measure([greedy, *samples], [])[f"maj@{len(texts)}"] == share
 
 
 def test_every_number_of_the_table():
     right, wrong, none = sample("5", True, 3), sample("6", False, 5, True), sample(None, False, 9)
     problems = [[right, right, right, right, wrong], [wrong, wrong, wrong, none, right]]
-    values = eval_math.measure(problems, [1, 2, 4])
+    rows = [eval_math.measure(samples, [1, 2, 4]) for samples in problems]
     wanted = {
         "avg@4": [3 / 4, 1 / 4],
         "greedy": [1, 0],
@@ -107,9 +115,14 @@ def test_every_number_of_the_table():
         "clipped": [1 / 4, 2 / 4],
         "no box": [0, 1 / 4],
     }
-    assert list(values) == list(wanted)
+    for row in rows:
+        assert list(row) == list(wanted)
     for name, column in wanted.items():
-        assert values[name].tolist() == column, name
+        assert [row[name] for row in rows] == column, name
+
+
+def interval(values, **options):
+    return eval_math.intervals([{"x": value} for value in values], **options)["x"]
 
 
 def test_the_interval_covers_the_truth_95_times_in_100():
@@ -117,19 +130,57 @@ def test_the_interval_covers_the_truth_95_times_in_100():
     rng, covered, runs = np.random.default_rng(0), 0, 1000
     for _ in range(runs):
         difficulty = rng.beta(1, 2, size=100)
-        number = eval_math.interval(rng.binomial(8, difficulty) / 8, resamples=500)
+        number = interval(rng.binomial(8, difficulty) / 8, resamples=500)
         covered += number["low"] <= 1 / 3 <= number["high"]
     assert 0.92 <= covered / runs <= 0.98
-    width = {len(v): eval_math.interval(v) for v in (np.arange(50) % 2.0, np.arange(5000) % 2.0)}
+    width = {len(v): interval(v) for v in (np.arange(50) % 2.0, np.arange(5000) % 2.0)}
     for size, number in width.items():  # and is as wide as theory says
         assert number["high"] - number["low"] == pytest.approx(2 * 1.96 * 0.5 / size**0.5, rel=0.1)
 
 
-def test_which_k():
-    assert eval_math.which_k(None, 1) == [1]
-    assert eval_math.which_k(None, 8) == [1, 2, 4, 8]
-    assert eval_math.which_k(None, 12) == [1, 2, 4, 8, 12]
-    assert eval_math.which_k([3, 1], 12) == [1, 3]
+def test_intervals_keep_numbers_apart():
+    numbers = eval_math.intervals([{"x": 0.0, "y": 5.0}, {"x": 1.0, "y": 5.0}])
+    assert numbers["x"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert numbers["y"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
+
+
+def results_of(tmp_path, problems, k=None):
+    """results.json of these problems, each a list of verdicts, the greedy one's first."""
+    lines = [
+        {"index": i, "where": f"d:{number}", **sample("5", right)}
+        for number, verdicts in enumerate(problems, 1)
+        for i, right in enumerate(verdicts)
+    ]
+    args = types.SimpleNamespace(k=k, plot=False)
+    eval_math.report(tmp_path, lines, args, {})
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+def test_which_k(tmp_path):
+    def ks(n, k=None):
+        metrics = results_of(tmp_path, [[True] * (n + 1)] * 2, k)["metrics"]
+        return [int(name[5:]) for name in metrics if name.startswith("pass@")]
+
+    assert ks(1) == [1]
+    assert ks(8) == [1, 2, 4, 8]
+    assert ks(12) == [1, 2, 4, 8, 12]
+    assert ks(12, [3, 1]) == [1, 3]
+    for k in ([13], [0], [1, 13]):
+        with pytest.raises(SystemExit):
+            ks(12, k)
+
+
+def test_strata_in_their_order(tmp_path):
+    lines = []
+    for number, (level, right) in enumerate([(10, True), (9, False), (10, False), (2, True)]):
+        for index in (0, 1):
+            place = {"index": index, "where": f"d:{number + 1}", "level": level}
+            lines.append(place | sample("5", right))
+    eval_math.report(tmp_path, lines, types.SimpleNamespace(k=None, plot=False), {})
+    by = json.loads((tmp_path / "results.json").read_text())["by"]
+    assert list(by) == ["level"] and list(by["level"]) == ["2", "9", "10"]
+    means = {name: (row["problems"], row["avg@1"]["mean"]) for name, row in by["level"].items()}
+    assert means == {"2": (1, 1.0), "9": (1, 0.0), "10": (2, 0.5)}
 
 
 # --- grading --------------------------------------------------------------------------------------
@@ -312,9 +363,15 @@ def student():
 
 
 @pytest.fixture(scope="module")
-def problems():
-    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
-    return [{"ids": tokenizer(f"<|user|>{p}<|assistant|>")["input_ids"]} for p in TERMS]
+def tokenizer():
+    return AutoTokenizer.from_pretrained(STUDENT)
+
+
+@pytest.fixture(scope="module")
+def problems(tokenizer):
+    prompts = {p: tokenizer(f"<|user|>{p}<|assistant|>")["input_ids"] for p in TERMS}
+    rest = {"where": "d.jsonl:1", "row": {}}
+    return [{"ids": ids, "answer": add(p), **rest} for p, ids in prompts.items()]
 
 
 def settings(**changes):
@@ -323,7 +380,7 @@ def settings(**changes):
 
 
 def texts_of(drawn):
-    return [ids[mask].tolist() for ids, mask in zip(*drawn[:2], strict=True)]
+    return [(line["completion"], line["tokens"]) for line in drawn]
 
 
 def frequencies(logits, temperature, top_k, top_p, draws=40_000):
@@ -369,29 +426,33 @@ def test_choose_divides_by_the_temperature_and_takes_the_extremes_of_the_noise()
     assert set(eval_math.choose(diverged, (1.0, 20, 0.8), noise).tolist()) <= {0, 1, 2, 3}
 
 
-def test_index_0_is_greedy_whatever_the_sampling(student, problems):
+def test_index_0_is_greedy_whatever_the_sampling(student, tokenizer, problems):
     rows = [(number, 0) for number in range(len(problems))]
-    drawn = eval_math.draw(student, problems, rows, settings(temperature=5.0, top_p=0.9))
+    noisy = settings(temperature=5.0, top_p=0.9)
+    drawn = eval_math.draw(student, tokenizer, problems, rows, noisy)
     for problem, ours in zip(problems, texts_of(drawn), strict=True):
         ids = torch.tensor([problem["ids"]])
         theirs = student.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24
         )
-        assert ours == theirs[0, ids.shape[1] :].tolist()
+        theirs = theirs[0, ids.shape[1] :].tolist()
+        assert ours == (tokenizer.decode(theirs, skip_special_tokens=True), len(theirs))
 
 
-def test_a_sample_follows_from_seed_problem_and_index_alone(student, problems):
+def test_a_sample_follows_from_seed_problem_and_index_alone(student, tokenizer, problems):
+    def draw(rows, **changes):
+        lines = list(eval_math.draw(student, tokenizer, problems, rows, settings(**changes)))
+        assert [(line["problem"], line["index"]) for line in lines] == rows
+        return texts_of(lines)
+
     rows = list(itertools.product(range(len(problems)), range(4)))
-    whole = dict(
-        zip(rows, texts_of(eval_math.draw(student, problems, rows, settings())), strict=True)
-    )
+    whole = dict(zip(rows, draw(rows), strict=True))
     for part in (rows[5:7], rows[-1:], random.Random(0).sample(rows[8:12], 4)):
         part = sorted(part)
-        drawn = texts_of(eval_math.draw(student, problems, part, settings()))
-        assert drawn == [whole[row] for row in part]
-    drawn = [{tuple(whole[i, index]) for index in (1, 2, 3)} for i in range(len(problems))]
+        assert draw(part) == [whole[row] for row in part]
+    drawn = [{whole[i, index] for index in (1, 2, 3)} for i in range(len(problems))]
     assert max(map(len, drawn)) > 1
-    other = texts_of(eval_math.draw(student, problems, rows, settings(seed=1)))
+    other = draw(rows, seed=1)
     assert other != list(whole.values())
     assert other[::4] == list(whole.values())[::4]  # the greedy ones
 
@@ -405,9 +466,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, data, capsys):
     printed = capsys.readouterr().out
     for promised in (f"--out {out}", "<|user|>4+5", "avg@4", "pass@2", "maj@4", "terms", "no box"):
         assert promised in printed
-    rows = [line.split() for line in printed.splitlines()]
-    assert ["terms", "problems", "avg@4", "greedy", "maj@4"] in rows
-    assert [len(row) for row in rows if row[:2] in (["2", "3"], ["4", "1"])] == [14, 14]
+    for stratum in ("2", "3", "4"):
+        assert f"avg@4, terms {stratum}  " in printed
     lines = lines_of(out / "samples.jsonl")
     assert [(line["problem"], line["index"]) for line in lines] == list(
         itertools.product(range(7), range(5))
@@ -439,7 +499,7 @@ def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path, data, monk
     results = (whole / "results.json").read_bytes()
     shutil.copytree(whole, cut)
     drawn, draw = [], eval_math.draw
-    monkeypatch.setattr(eval_math, "draw", lambda *a: drawn.append(a[2][0]) or draw(*a))
+    monkeypatch.setattr(eval_math, "draw", lambda *a: drawn.append(a[3][0]) or draw(*a))
     for at in (0, 1, len(content) // 3, len(content) // 2, len(content) - 1, len(content)):
         (cut / "samples.jsonl").write_bytes(content[:at])
         (cut / "results.json").unlink()
@@ -495,8 +555,9 @@ def test_regrade_needs_no_model_and_says_the_same(tmp_path, data, monkeypatch, c
     eval_math.main(["--regrade", str(alone), "--k", "3"])
     printed = capsys.readouterr().out
     assert f"{sum(line['right'] for line in lines[:-2])} of 33 verdicts changed" in printed
-    assert "the last 3 lines left out" in printed and "pass@3" in printed
+    assert "6 problems: " in printed and "pass@3" in printed  # the last is not whole
     assert len(json.loads((tmp_path / "alone/results.json").read_text())["each"]) == 6
+    assert "pass@5 needs more" in refusal(capsys, ["--regrade", str(path), "--k", "5"])
     assert path.read_bytes() == content
 
 
@@ -521,10 +582,10 @@ def test_compare_is_paired(tmp_path, capsys):
     one[7], other[7] = (0.7, 0.0, 1.0), (0.8, 1.0, 0.5)
     eval_math.main(pair_of_runs(tmp_path, one, other))
     printed = capsys.readouterr().out
-    assert "avg      0.450 -> 0.550   +0.100 (+0.100 to +0.100)" in printed
-    assert "greedy   0.000 -> 1.000   +1.000 (+1.000 to +1.000)" in printed
-    assert "1 problems became right by majority" in printed and "d.jsonl:3  0.20 -> 0.30" in printed
-    assert "1 problems became wrong by majority" in printed and "d.jsonl:8  0.70 -> 0.80" in printed
+    assert "avg         +0.100 (+0.100 to +0.100)" in printed
+    assert "greedy      +1.000 (+1.000 to +1.000)" in printed
+    assert "d.jsonl:3 became right by majority; avg 0.20 -> 0.30" in printed
+    assert "d.jsonl:8 became wrong by majority; avg 0.70 -> 0.80" in printed
     assert printed.count("d.jsonl") == 2
 
 
@@ -553,12 +614,13 @@ def test_the_picture(tmp_path, data, monkeypatch, capsys):
     assert (tmp_path / "run/results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch):
+def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_math.time, "strftime", lambda form: "runs/eval-20261121-140305")
-    eval_math.main(command(data))
-    eval_math.main(command(data))  # in the same second
-    assert len(list((tmp_path / "runs").glob("eval-20*/results.json"))) == 2
+    for second in "56":
+        monkeypatch.setattr(eval_math.time, "strftime", lambda form, s=second: f"runs/eval-{s}")
+        eval_math.main(command(data))
+    assert len(list((tmp_path / "runs").glob("eval-*/results.json"))) == 2
+    assert "File exists: 'runs/eval-6'" in refusal(capsys, command(data))  # in the same second
 
 
 def test_presets():
@@ -588,7 +650,7 @@ def refusal(capsys, arguments):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--k", "1", "8"], "--k 8: pass@k needs k from 1 to the number of samples, which is 4"),
+        (["--k", "1", "8"], "--k 8: pass@k needs a k from 1 to --n, which is 4"),
         (["--k", "0"], "--k 0"),
         (["--n", "0"], "--n must be at least 1"),
         (["--top-p", "0"], "--top-p must be at least"),
@@ -657,7 +719,7 @@ def test_compare_of_different_problems_and_regrade_of_something_else(capsys, dat
     assert "different problems" in refusal(capsys, arguments)
     assert f"{data}:1: not a line of a samples.jsonl" in refusal(capsys, ["--regrade", data])
     Path(data).write_text("")
-    assert "not one problem" in refusal(capsys, ["--regrade", data])
+    assert "0 problems with all 0 samples" in refusal(capsys, ["--regrade", data])
     assert "data.jsonl" in refusal(capsys, command(data))
 
 
@@ -681,19 +743,19 @@ class Offline:
     ],
 )
 def test_a_benchmark_without_network(capsys, monkeypatch, name, url):
-    for module in ("datasets", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, module, Offline())
+    monkeypatch.setitem(sys.modules, "datasets", Offline())
+    monkeypatch.setattr(eval_math, "hf_hub_download", Offline().download)
     with pytest.raises(SystemExit) as stop:
         eval_math.fetch(name)
     said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert f"{name}: no network" in said and url in said and "--data" in said
+    assert f"{name}: no network or `datasets`" in said and url in said and "--data" in said
     assert len(said.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "datasets", None)
     if name in ("aime24", "gsm8k"):
         with pytest.raises(SystemExit):
             eval_math.fetch(name)
-        assert "pip install datasets" in capsys.readouterr().err
+        assert url in capsys.readouterr().err
 
 
 def test_the_benchmarks_and_the_forms_of_their_answers(tmp_path, monkeypatch):
@@ -715,10 +777,9 @@ def test_the_benchmarks_and_the_forms_of_their_answers(tmp_path, monkeypatch):
         asked.append((repo, name, split))
         return [rows["gsm8k" if "gsm8k" in repo else "aime24"]]
 
-    for module, function in ("huggingface_hub", hf_hub_download), ("datasets", load_dataset):
-        monkeypatch.setitem(
-            sys.modules, module, types.SimpleNamespace(**{function.__name__: function})
-        )
+    monkeypatch.setattr(eval_math, "hf_hub_download", hf_hub_download)
+    hub = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     answers = {}
     for name in rows:
         ((where, row),) = eval_math.read_rows(name)
