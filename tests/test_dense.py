@@ -253,7 +253,7 @@ def test_the_micro_batch_does_not_change_the_gradient(script, monkeypatch, data,
         script.main(command(data, *more))
     assert float(gradients[0].norm()) > 1e-3
     for other in gradients[1:]:
-        assert torch.allclose(other, gradients[0], atol=1e-6 * float(other.abs().max()))
+        assert torch.allclose(other, gradients[0], atol=1e-5 * float(other.abs().max()))
 
 
 # --- the runs -------------------------------------------------------------------------------------

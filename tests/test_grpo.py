@@ -205,8 +205,8 @@ def test_the_micro_batch_does_not_change_the_gradient(monkeypatch, data):
     ]
     for one, three, eight in zip(*runs, strict=True):
         assert float(one.norm()) > 1e-3
-        assert torch.allclose(one, eight, atol=1e-6 * float(one.abs().max()))
-        assert torch.allclose(three, eight, atol=1e-6 * float(one.abs().max()))
+        assert torch.allclose(one, eight, atol=1e-5 * float(one.abs().max()))
+        assert torch.allclose(three, eight, atol=1e-5 * float(one.abs().max()))
 
 
 def test_the_token_mean_is_over_the_whole_update(monkeypatch, data):
