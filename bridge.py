@@ -20,7 +20,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -33,13 +32,19 @@ import grpo  # its presets, and how it reads problems
 # --- the recipe -----------------------------------------------------------------------------------
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
 KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # of a run, for the next
-# Of tiny models (tiny/TUNING.md); step 1 stops short of its ceiling, which leaves step 3 something.
-STEPS = {"teacher-rl": 10, "fkl": 50, "opd": 60, "student-rl": 20}
-RATES = {"teacher-rl": 3e-4, "fkl": 1e-2, "opd": 4e-3, "student-rl": 1.2e-4}
-RATES |= {"direct": 1.2e-4, "replay": 2.56e-5, "more-opd": 4e-4}
-# Beside them what larger models get: as many steps as we see fit, the paper's learning rate.
-SETTINGS = {f"--{name}-steps": (steps, 100) for name, steps in STEPS.items()}
-SETTINGS |= {f"--{name}-lr": (lr, 1e-6) for name, lr in RATES.items()}
+SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (steps ours, rates the paper's)
+    "--teacher-rl-steps": (10, 100),  # tiny: short of its ceiling, which leaves step 3 something
+    "--teacher-rl-lr": (3e-4, 1e-6),
+    "--fkl-steps": (50, 100),
+    "--fkl-lr": (1e-2, 1e-6),
+    "--opd-steps": (60, 100),
+    "--opd-lr": (4e-3, 1e-6),
+    "--student-rl-steps": (20, 100),
+    "--student-rl-lr": (1.2e-4, 1e-6),
+    "--direct-lr": (1.2e-4, 1e-6),
+    "--replay-lr": (2.56e-5, 1e-6),
+    "--more-opd-lr": (4e-4, 1e-6),
+}
 
 
 def recipe_steps(s):
@@ -49,30 +54,28 @@ def recipe_steps(s):
     dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
     flat = {"--lr-decay": 0}  # the rate falls at the end of the bridge, in step 2b
     alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # to step 3
-    stored = alike | {"--rollouts": "rollouts of 2a-fkl"}
+    again = alike | {"--rollouts": "rollouts of 2a-fkl"}
 
-    def rl(model, data, n, lr):
-        return RL, {"--model": model, "--data": data, "--val-data": "VAL", "--steps": n, "--lr": lr}
+    def rl(model, labels, n, lr):
+        return {"--model": model, "--data": labels, "--val-data": "VAL", "--steps": n, "--lr": lr}
 
-    def dense(script, student, teacher, n, lr, more=None):
-        flags = {"--student": student, "--teacher": teacher, "--data": "PROMPTS"}  # no answers
-        return script, flags | {"--val-data": "VAL-PROMPTS", "--steps": n, "--lr": lr} | (
-            more or {}
-        )
+    def dense(student, teacher, n, lr):
+        data = {"--data": "PROMPTS", "--val-data": "VAL-PROMPTS"}
+        return {"--student": student, "--teacher": teacher, **data, "--steps": n, "--lr": lr}
 
     return {
-        "1-teacher-rl": rl("TEACHER", "A", s.teacher_rl_steps, s.teacher_rl_lr),
-        "2a-fkl": dense(FKL, "STUDENT", "1-teacher-rl", s.fkl_steps, s.fkl_lr, flat),
-        "2b-opd": dense(OPD, "2a-fkl", "1-teacher-rl", s.opd_steps, s.opd_lr),
-        "3-student-rl": rl("2b-opd", "B", s.student_rl_steps, s.student_rl_lr),
-        "direct": rl("STUDENT", "A+B", s.teacher_rl_steps + s.student_rl_steps, s.direct_lr),
-        "raw-fkl": dense(FKL, "STUDENT", "TEACHER", s.fkl_steps, s.fkl_lr, flat),
-        "raw-opd": dense(OPD, "raw-fkl", "TEACHER", s.opd_steps, s.opd_lr),
-        "only-opd": dense(OPD, "STUDENT", "1-teacher-rl", dense_steps, s.opd_lr),
-        "only-fkl": dense(FKL, "STUDENT", "1-teacher-rl", dense_steps, s.fkl_lr),
-        "replay": dense(FKL, "2b-opd", "1-teacher-rl", rl_updates, s.replay_lr, stored),
-        "more-opd": dense(OPD, "2b-opd", "1-teacher-rl", rl_updates, s.more_opd_lr, alike),
-        "cold-student-rl": rl("STUDENT", "B", s.student_rl_steps, s.student_rl_lr),
+        "1-teacher-rl": (RL, rl("TEACHER", "A", s.teacher_rl_steps, s.teacher_rl_lr)),
+        "2a-fkl": (FKL, dense("STUDENT", "1-teacher-rl", s.fkl_steps, s.fkl_lr) | flat),
+        "2b-opd": (OPD, dense("2a-fkl", "1-teacher-rl", s.opd_steps, s.opd_lr)),
+        "3-student-rl": (RL, rl("2b-opd", "B", s.student_rl_steps, s.student_rl_lr)),
+        "direct": (RL, rl("STUDENT", "A+B", s.teacher_rl_steps + s.student_rl_steps, s.direct_lr)),
+        "raw-fkl": (FKL, dense("STUDENT", "TEACHER", s.fkl_steps, s.fkl_lr) | flat),
+        "raw-opd": (OPD, dense("raw-fkl", "TEACHER", s.opd_steps, s.opd_lr)),
+        "only-opd": (OPD, dense("STUDENT", "1-teacher-rl", dense_steps, s.opd_lr)),
+        "only-fkl": (FKL, dense("STUDENT", "1-teacher-rl", dense_steps, s.fkl_lr)),
+        "replay": (FKL, dense("2b-opd", "1-teacher-rl", rl_updates, s.replay_lr) | again),
+        "more-opd": (OPD, dense("2b-opd", "1-teacher-rl", rl_updates, s.more_opd_lr) | alike),
+        "cold-student-rl": (RL, rl("STUDENT", "B", s.student_rl_steps, s.student_rl_lr)),
     }
 
 
@@ -113,12 +116,13 @@ def parse_arguments(argv):
     parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
-    parser.add_argument("--skip-student-rl", action="store_true", help="stop after the bridge")
+    parser.add_argument("--skip-student-rl", action="store_true", help="leave step 3 out")
     for flag, (tiny, paper) in SETTINGS.items():
         parser.add_argument(flag, type=type(tiny), help=f"[{tiny}, paper {paper}]")
     args = parser.parse_args(argv)
     # One preset for all steps, because teacher and student must agree on the form of a prompt.
-    args.grpo, args.context = grpo.parse_arguments(["--model", args.student])
+    like = ["--model", args.student, "--seed", str(args.seed)]
+    args.grpo, args.context = grpo.parse_arguments(like)
     args.preset = args.grpo.preset
     for flag, (tiny, paper) in SETTINGS.items():
         key = flag[2:].replace("-", "_")
@@ -146,10 +150,12 @@ def split_problems(args, tokenizer):
 
     def read(path, labelled=True):
         problems = grpo.load_problems(path, tokenizer, args.grpo, args.context)
-        if labelled:  # said now, because the step that needs an answer may be hours away
+        if labelled and not args.dry_run:  # said now: the step that needs it may be hours away
             grpo.read_answers(problems)
-        # Each problem once, because labels are counted by problem.
-        return {problem["problem"]: problem["row"] for problem in problems}
+        rows = {}
+        for problem in problems:  # each once, because labels are counted by problem
+            rows.setdefault(problem["problem"], problem["row"])
+        return rows
 
     if args.data:
         rows, val = read(args.data), read(args.val_data)
@@ -177,12 +183,20 @@ def split_problems(args, tokenizer):
 
 
 # --- the runs -------------------------------------------------------------------------------------
+def write_whole(path, text):
+    """Written aside, then renamed: never a half-written file."""
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+
+
 def place(args, name, script, flags):
     """The directory of this very run, else a new one; bridge.json keeps what each was run with."""
     here, record = Path(__file__).parent, args.out / "bridge.json"
-    files = [here / script, *here.glob("kernels/*.py")]
+    files = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
     for path in map(Path, map(str, flags.values())):
-        files += [path] if path.is_file() else path.glob("*.safetensors")
+        model = (".safetensors", ".json", ".jinja")
+        files += [file for file in path.glob("*") if file.suffix in model]
+        files += [path] if path.is_file() else []
     used = dict(flags)
     for path in files:
         # Training moves all weights, so that their beginning will do.
@@ -197,8 +211,7 @@ def place(args, name, script, flags):
             was = [f"{key} was {old}" for key, old in runs[-1].items() if used.get(key) != old]
             print(f"\n{name} runs anew, in a new directory: {', '.join(was)}")
         runs.append(used)
-        record.with_suffix(".new").write_text(json.dumps(known, indent=1))
-        record.with_suffix(".new").replace(record)
+        write_whole(record, json.dumps(known, indent=1))
     number = runs.index(used) + 1
     return args.out / (f"{name}@{number}" if number > 1 else name)
 
@@ -210,6 +223,7 @@ def launch(command):
             return process.wait()
         finally:
             process.terminate()  # where it has not ended because we are stopped
+            process.wait()  # else it would outlive us, if only by a moment
 
 
 def run_all(args, splits):
@@ -223,8 +237,9 @@ def run_all(args, splits):
             plan.append((name, EVAL, {"--model": model, "--data": test}))
     launcher = [sys.executable]
     if args.nproc > 1:
-        torchrun = f"{sysconfig.get_path('scripts')}/torchrun"  # a venv need not be activated
-        launcher = [torchrun, "--standalone", "--nproc-per-node", str(args.nproc), "--"]
+        torchrun = Path(sys.executable).with_name("torchrun")  # a venv need not be activated
+        launcher = [str(torchrun) if torchrun.exists() else "torchrun", "--standalone"]
+        launcher += ["--nproc-per-node", str(args.nproc), "--"]
     paths = {"TEACHER": args.teacher, "STUDENT": args.student, "1-teacher-rl": args.teacher}
     paths |= {name: f"{args.out}/data/{name.lower()}.jsonl" for name in splits}
     runs, rates = [], {}  # seconds of a training step or of an evaluation, by script
@@ -296,8 +311,9 @@ def report(args, runs, val_labels):
     for axis in figure.axes:
         axis.legend(handles=axis.lines, fontsize=8)
     figure.savefig(args.out / "curves.png")
-    results = {"settings": vars(args), "models": models, "arms": arms}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
+    settings = {key: value for key, value in vars(args).items() if key not in ("grpo", "context")}
+    results = {"settings": settings, "models": models, "arms": arms}
+    write_whole(args.out / "results.json", json.dumps(results, indent=1, default=str))
     tests = models["STUDENT"]["test"]
     columns = [f"{key}, {Path(test).stem}" for test in tests for key in tests[test]]
     table = [["", *columns, *cost], ["---"] * (1 + len(columns) + len(cost))]
@@ -307,7 +323,7 @@ def report(args, runs, val_labels):
         cells += [f"{round(value, 1):,}" for value in row.get("cost", {}).values()]
         table.append([name, *cells])
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-    (args.out / "table.md").write_text(text)
+    write_whole(args.out / "table.md", text)
     print(f"\n{text}\n{args.out}: table.md, results.json, curves.png")
 
 
@@ -330,7 +346,7 @@ def main(argv=None):
             fcntl.flock(lock, fcntl.LOCK_EX)
             for name, rows in splits.items():
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
-                (args.out / f"data/{name.lower()}.jsonl").write_text(lines)
+                write_whole(args.out / f"data/{name.lower()}.jsonl", lines)
             report(args, run_all(args, splits), len(splits["VAL"]))
     except (OSError, SyntaxError) as error:  # no such file; a slip in a script
         fail(str(error).splitlines()[0])

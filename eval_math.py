@@ -220,7 +220,7 @@ def parse_answer(answer):
 
 def read_answers(problems):
     """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
-    for problem in problems:
+    for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if answer is not None), "")
@@ -253,6 +253,10 @@ def judge(gold, completion):
 
 
 # --- rollout --------------------------------------------------------------------------------------
+# How transformers calls a model's cache: it was renamed in 5.24, and the old name goes in 5.40.
+CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+
+
 class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
@@ -300,7 +304,9 @@ def decode(model, prompts, owner, noise, temperature):
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     cache = Cache(layer_class_to_replicate=KVLayer)
-    logits = model(prompt_ids, attention, position, cache, logits_to_keep=1).logits[owner, -1]
+    options = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(prompt_ids, attention_mask=attention, position_ids=position, **options)
+    logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
     rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
@@ -314,7 +320,8 @@ def decode(model, prompts, owner, noise, temperature):
             cache.batch_select_indices(alive)
         attention, position = pad(attention, (0, 1), value=1), position + 1
         token = completion_ids[rows, t, None]
-        logits = model(token, attention, position, cache, logits_to_keep=1).logits[:, -1]
+        out = model(token, attention_mask=attention, position_ids=position, **options)
+        logits = out.logits[:, -1]
     # Up to and with the first EOS, by position: the padding may be the EOS token too.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
@@ -345,7 +352,7 @@ def open_run(args, model, problems):
         old = json.loads(path.read_text())
         now, was = config["settings"], old["settings"]
         differs = [f"{k} was {was.get(k)!r}" for k in now if now[k] != was.get(k)]
-        differs += [f"another {k}" for k in ("model", "data", "code") if old[k] != config[k]]
+        differs += [f"another {k}" for k in ("model", "data", "code") if old.get(k) != config[k]]
         if differs:
             fail(f"{out}: {', '.join(differs)}: a new --out keeps both; --regrade takes no samples")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
@@ -416,7 +423,7 @@ def report(out, lines, args, config):
     problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # the whole ones
     ks = sorted(args.k or {n, *(2**i for i in range(n.bit_length()))})
     if not problems or not 1 <= ks[0] <= ks[-1] <= n:
-        fail(f"{out}: {len(problems)} problems with all {n} samples: pass@{ks[-1]} needs more")
+        fail(f"{out}: {len(problems)} problems with all {n} samples; --k must be from 1 to {n}")
     rows = [measure(samples, ks) for samples in tqdm(problems, "vote", leave=False, delay=2)]
     metrics, by, avg, strata = intervals(rows), {}, f"avg@{n}", {}
     for field in (field for field in STRATA if field in lines[0]):
@@ -468,7 +475,7 @@ def regrade(path, args):
 def compare(one, other):
     """The second run minus the first: paired by problem, because problems differ more than runs."""
     a, b = (json.loads(Path(out, "results.json").read_text()) for out in (one, other))
-    if a.get("data") != b.get("data") or len(a["each"]) != len(b["each"]):
+    if a.get("data") != b.get("data") or not len(a.get("each", "")) == len(b.get("each", "")) > 0:
         fail(f"{one} and {other} are about different problems: nothing to pair")
     pairs = [*zip(a["each"], b["each"], strict=True)]
     gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]

@@ -253,7 +253,7 @@ def parse_answer(answer):
 
 def read_answers(problems):
     """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
-    for problem in problems:
+    for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if answer is not None), "")
@@ -288,6 +288,10 @@ def grade(tokenizer, completion_ids, mask, golds):
 
 
 # --- rollout --------------------------------------------------------------------------------------
+# How transformers calls a model's cache: it was renamed in 5.24, and the old name goes in 5.40.
+CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+
+
 class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
@@ -331,7 +335,9 @@ def decode(model, prompts, owner, noise, temperature):
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     cache = Cache(layer_class_to_replicate=KVLayer)
-    logits = model(prompt_ids, attention, position, cache, logits_to_keep=1).logits[owner, -1]
+    options = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(prompt_ids, attention_mask=attention, position_ids=position, **options)
+    logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
     rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
@@ -345,7 +351,8 @@ def decode(model, prompts, owner, noise, temperature):
             cache.batch_select_indices(alive)
         attention, position = pad(attention, (0, 1), value=1), position + 1
         token = completion_ids[rows, t, None]
-        logits = model(token, attention, position, cache, logits_to_keep=1).logits[:, -1]
+        out = model(token, attention_mask=attention, position_ids=position, **options)
+        logits = out.logits[:, -1]
     # Up to and with the first EOS, by position: the padding may be the EOS token too.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
@@ -381,8 +388,9 @@ def score(model, prompts, completion_ids, mask):
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
     before = torch.arange(ids.shape[1], device=model.device)[prompt_ids.shape[1] - 1 : -1]
+    options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
-        return model(ids, attention, position, use_cache=False, logits_to_keep=before).logits
+        return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
 def micro_batches(rows, prompts, completion_ids, mask, args):

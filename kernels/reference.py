@@ -77,7 +77,7 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, t
 
 
 def centred(logits, rows, temperature, z_max=None):
-    """x − max x of these rows in fp32, and max z; undivided first, as an offset costs digits."""
+    """x − max x of these rows, in fp32, and max z; divided by τ last, as an offset costs digits."""
     z = logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)
     if z_max is None:
         z_max = z.amax(-1, keepdim=True).to(torch.promote_types(z.dtype, torch.float32))
