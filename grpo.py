@@ -243,7 +243,7 @@ def parse_answer(answer):
 
 def read_answers(problems):
     """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
-    for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
+    for problem in problems:
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if answer is not None), "")

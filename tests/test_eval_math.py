@@ -557,7 +557,7 @@ def test_regrade_needs_no_model_and_says_the_same(tmp_path, data, monkeypatch, c
     assert f"{sum(line['right'] for line in lines[:-2])} of 33 verdicts changed" in printed
     assert "6 problems: " in printed and "pass@3" in printed  # the last is not whole
     assert len(json.loads((tmp_path / "alone/results.json").read_text())["each"]) == 6
-    assert "pass@5 needs more" in refusal(capsys, ["--regrade", str(path), "--k", "5"])
+    assert "--k must be from 1 to 4" in refusal(capsys, ["--regrade", str(path), "--k", "5"])
     assert path.read_bytes() == content
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import opd
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["grpo", "fkl_warmup", "opd", "paced"]
@@ -201,6 +203,28 @@ def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(name, r
             apart = (states[0][key]["exp_avg"] - state["exp_avg"]).norm()
             # The first two steps of paced.py were those of a run of two, which turned after one.
             assert name == "paced" or apart < 0.01 * state["exp_avg"].norm(), key
+
+
+def test_a_rollout_of_two_processes_has_the_weights_of_the_step_before(runs, tmp_path):
+    """They are gathered for it, and must not be those that an earlier rollout gathered."""
+    val = runs["opd"][0].parent / "val.jsonl"
+    for steps in ("1", "2"):
+        command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
+        command += ["--nproc-per-node", "2", "--", "opd.py", "--data", "tiny/train.jsonl"]
+        command += [*SMALL.split(), "--val-data", val, "--lr", "1e-2", "--warmup-steps", "0"]
+        command += ["--val-every", "1", "--steps", steps, "--out", tmp_path / steps]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    args, context = opd.parse_arguments(["--device", "cpu", "--max-new-tokens", "16"])
+    tokenizer = AutoTokenizer.from_pretrained("tiny/student")
+    problems = opd.load_problems("tiny/train.jsonl", tokenizer, args, context)
+    order = np.random.default_rng([0, 0]).permutation(len(problems))[5:10:2]  # step 2, rank 0
+    prompts, texts = [problems[i]["ids"] for i in order], {}
+    for name, path in ("before", "tiny/student"), ("after", tmp_path / "1/final"):
+        model, rng = AutoModelForCausalLM.from_pretrained(path), np.random.default_rng([0, 2, 1, 0])
+        ids, mask, _ = opd.rollout(model, prompts, 2, rng, args)
+        texts[name] = [tokenizer.decode(ids[i][mask[i]]) for i in range(0, 6, 2)]
+    lines = [line for line in lines_of(tmp_path / "2/samples.jsonl") if line["step"] == 2]
+    assert [line["completion"] for line in lines] == texts["after"] != texts["before"]
 
 
 def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(runs, tmp_path):
