@@ -49,9 +49,6 @@ def at_the_root(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-LAUNCH = bridge.launch
-
-
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -73,6 +70,9 @@ def own_data(folder, train=24):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the scripts catches it."""
+
+
+LAUNCH = bridge.launch
 
 
 def in_process(launched, deadly=None):
@@ -608,21 +608,6 @@ def test_sigkill(tmp_path, begin):
     assert [line["step"] for line in metrics] == [1, 2]
 
 
-# --- bad input ------------------------------------------------------------------------------------
-
-
-def refusal(capsys, arguments, monkeypatch, status=None):
-    """The one line on stderr of a run that launches nothing, or whose first step fails."""
-    launched = []
-    monkeypatch.setattr(bridge, "launch", lambda command: launched.append(command) or status)
-    with pytest.raises(SystemExit) as stop:
-        bridge.main(arguments)
-    assert stop.value.code == 2 and (launched == []) == (status is None)
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1, err
-    return err[0]
-
-
 def test_sigterm_ends_the_step_too(tmp_path, begin):
     """At once: the step alone would take some ten seconds."""
     command = [sys.executable, "bridge.py", "--out", str(tmp_path / "run")]
@@ -637,6 +622,21 @@ def test_sigterm_ends_the_step_too(tmp_path, begin):
             return
         time.sleep(0.05)
     raise AssertionError("the step lives on")
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refusal(capsys, arguments, monkeypatch, status=None):
+    """The one line on stderr of a run that launches nothing, or whose first step fails."""
+    launched = []
+    monkeypatch.setattr(bridge, "launch", lambda command: launched.append(command) or status)
+    with pytest.raises(SystemExit) as stop:
+        bridge.main(arguments)
+    assert stop.value.code == 2 and (launched == []) == (status is None)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1, err
+    return err[0]
 
 
 def test_other_tokenizers_are_refused_before_any_training(tmp_path, capsys, monkeypatch):
