@@ -235,8 +235,8 @@ def evidence(seeds):
 
 Mean ± s.d. over seeds on `tiny/test.jsonl`, written by `python tiny/evidence.py --seeds {numbers}`.
 It holds for this one pocket world (`tiny/README.md`), not for real models. World, step counts and
-learning rates were chosen on `tiny/val.jsonl`, seeds 100 and more (`tiny/TUNING.md`). This is round
-{len(rounds)} of fresh seeds; the rounds differ in world, settings or code, the seeds of one do not.
+learning rates were chosen on `tiny/val.jsonl`, seeds 100 and more (`tiny/TUNING.md`). There have
+been {len(rounds)} rounds of fresh seeds, which differ in world, settings or code.
 
 {table(["arm", *COLUMNS.values(), "labels", "updates", "minutes"], arms)}
 {table(["paper", "claim", "compared", "difference", PAPER, "greedy", "verdict"], claims)}
