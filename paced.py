@@ -6,7 +6,7 @@ pass rate p on it: nothing at p = 0 and at p = 1, most in between. The rates com
 the student, graded against labels; the loss itself reads none. Either distillation will do.
 
   Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
-  Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl) or KL(pi_S‖pi_T) on the student's (rkl)
+  Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl), KL(pi_S‖pi_T) on the student's (rkl)
   Eq. 3  loss = sum_it (w_i / mean w) KL_it / (number of completion tokens in the whole update)
 
 Ours: the mean of Eq. 3 is over the problems of the whole update; problems of weight 0 are not

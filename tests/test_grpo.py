@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 import grpo
 
@@ -437,6 +444,32 @@ def test_what_is_sampled_is_what_is_scored(teacher, tokenizer, monkeypatch):
             both = mask[:, t]
             assert torch.allclose(drawn[both], scored[both, t], atol=1e-4)
     assert len(seen[1]) == len(prompts)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=3),
+        GPTNeoXConfig(**SIZES, intermediate_size=64),
+        LlamaConfig(**SIZES, intermediate_size=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_any_causal_model_is_sampled_and_scored(config):
+    """They take the cache at other places, and its old name only with a warning."""
+    torch.manual_seed(0)
+    model, prompts = AutoModelForCausalLM.from_config(config).eval(), [[5, 6, 7], [8, 9]]
+    model.generation_config.eos_token_id = 3
+    args = types.SimpleNamespace(rollout_batch=4, max_new_tokens=8, temperature=1.0)
+    ids, mask, _ = grpo.rollout(model, prompts, 2, np.random.default_rng(0), args)
+    with torch.no_grad():
+        scored = grpo.score(model, [p for p in prompts for _ in range(2)], ids, mask)
+        alone = model(torch.cat([torch.tensor([[8, 9]]), ids[2:3, mask[2]]], 1)).logits[0, 1:-1]
+    assert torch.allclose(scored[2, mask[2]], alone, atol=1e-4)
 
 
 def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
