@@ -151,7 +151,7 @@ def split_problems(args, tokenizer):
     def read(path, labelled=True):
         problems = grpo.load_problems(path, tokenizer, args.grpo, args.context)
         if labelled and not args.dry_run:  # said now: the step that needs it may be hours away
-            print(f"{path}: reading {len(problems)} answers, some seconds a thousand if LaTeX")
+            print(f"{path}: reading {len(problems)} answers, 20 seconds a thousand if LaTeX")
             grpo.read_answers(problems)
         rows = {}
         for problem in problems:  # each once, because labels are counted by problem

@@ -73,11 +73,18 @@ def fail(message):
     raise SystemExit(2)
 
 
+def model_path(path):
+    """A directory or a name of the hub; a run's own directory is neither."""
+    if Path(path, "metrics.jsonl").exists():
+        fail(f"{path} is a run, not a model: take its best/ or its final/")
+    return path
+
+
 def parse_arguments(argv):
     """The settings: by hand, else from the preset; and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--model", default="tiny/student", help="directory or hub name")
+    parser.add_argument("--model", type=model_path, default="tiny/student", help="path or hub id")
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
@@ -192,11 +199,11 @@ def load_problems(source, tokenizer, args, context):
 ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
-COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
+TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
+COSTLY = re.compile(TOWER + r"|\^\W*[\d.]{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
 # What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
 SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
 MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
-LATEX = [math_verify.LatexExtractionConfig()]  # the expression extractor would evaluate the text
 
 
 def last_boxed(text):
@@ -214,8 +221,9 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
-    box = f"\\boxed{{{answer}}}"
-    return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
+    # As LaTeX alone, since the extractor of expressions would evaluate the text.
+    box, latex = f"\\boxed{{{answer}}}", [math_verify.LatexExtractionConfig()]
+    return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
 
 def read_answers(problems):
@@ -235,7 +243,7 @@ def same_answer(gold, answer):
     """The same text, the same integer, or the same mathematics."""
     if answer == gold or (INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)):
         return answer == gold or int(answer) == int(gold)
-    if len(answer) > 256 or COSTLY.search(answer):
+    if len(answer) > 256 or (COSTLY.search(answer) and not COSTLY.search(gold)):
         return False
     return math_verify.verify(parse_answer(gold), parse_answer(answer), timeout_seconds=1)
 
@@ -245,7 +253,7 @@ def judge(gold, completion):
     answer = last_boxed(completion)
     if answer is None:
         return {"answer": None, "right": False, "grader": "no box"}
-    screened = len(answer) > 256 or COSTLY.search(answer)
+    screened = len(answer) > 256 or (COSTLY.search(answer) and not COSTLY.search(gold))
     integers = INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)
     grader = "integer" if integers else "screen" if screened else "math-verify"
     grader = "text" if answer == gold else grader
@@ -348,8 +356,8 @@ def open_run(args, model, problems):
     for key, content in ("model", [values, problems[0]["prompt"]]), ("data", pairs), ("code", code):
         config[key] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = out / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text())
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if "settings" in old:  # a model's directory has a config.json, too
         now, was = config["settings"], old["settings"]
         differs = [f"{k} was {was.get(k)!r}" for k in now if now[k] != was.get(k)]
         differs += [f"another {k}" for k in ("model", "data", "code") if old.get(k) != config[k]]

@@ -66,6 +66,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
+    ("--checkpointing", 0, 1, 0, "1: compute activations anew for the gradient, to save memory"),
     ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
 ]
@@ -80,12 +81,19 @@ def fail(message):
     raise SystemExit(2)
 
 
+def model_path(path):
+    """A directory or a name of the hub; a run's own directory is neither."""
+    if Path(path, "metrics.jsonl").exists():
+        fail(f"{path} is a run, not a model: take its best/ or its final/")
+    return path
+
+
 def parse_arguments(argv):
     """The settings: by hand, else from the preset; and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--student", default="tiny/student", help="directory or hub name")
-    parser.add_argument("--teacher", default="tiny/teacher", help="directory or hub name")
+    parser.add_argument("--student", type=model_path, default="tiny/student", help="path or hub id")
+    parser.add_argument("--teacher", type=model_path, default="tiny/teacher", help="path or hub id")
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -94,7 +102,6 @@ def parse_arguments(argv):
     for name, tiny, paper, _, meaning in FLAGS:
         parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
     parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
     parser.add_argument("--rollouts", help="the rollouts.jsonl of a run, to learn from instead")
     args = parser.parse_args(argv)
@@ -162,12 +169,15 @@ def read_rows(source):
             except (ValueError, TypeError):
                 fail(f"{source}:{number}: not a JSON object; mend or delete this line")
         return
+    name, _, split = source.partition(":")
     try:
         from datasets import load_dataset
+
+        rows = load_dataset(name, split=split or "train")
     except ImportError:
         fail(f"{source} is no file; data sets of the hub need: pip install datasets")
-    name, _, split = source.partition(":")
-    rows = load_dataset(name, split=split or "train")
+    except ValueError as error:  # no such split, or a set that holds several
+        fail(f"{source}: {str(error).splitlines()[0]}")
     if source == DAPO:  # the authors' split: 80 %, seed 42
         rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
     yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
@@ -296,10 +306,11 @@ def rollout(model, prompts, group, rng, args):
 def read_rollouts(tokenizer, args, context):
     """The problems of --rollouts, each with the completion that was stored for it."""
     problems = load_problems(args.rollouts, tokenizer, args, context)
+    tokens = range(AutoConfig.from_pretrained(args.student).vocab_size)  # the head's padding, too
     for problem in problems:
         row = problem["row"]
         ids = row.get("completion_ids")
-        known = isinstance(ids, list) and ids and all(i in range(len(tokenizer)) for i in ids)
+        known = isinstance(ids, list) and ids and all(i in tokens for i in ids)
         if not known or tokenizer.decode(ids) != row.get("completion"):
             fail(f"{problem['where']}: not a rollout of this tokenizer")
     return problems
@@ -392,6 +403,8 @@ def load_teacher(student, tokenizer, args):
         print(f"{args.teacher} is no run of ours: a teacher after RL (python grpo.py) is better")
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
+    if teacher.generation_config.eos_token_id is None:
+        teacher.generation_config.eos_token_id = tokenizer.eos_token_id
     if teacher.generation_config.eos_token_id != student.generation_config.eos_token_id:
         print("warning: teacher and student end a text with different tokens")
     width = min(student.config.vocab_size, teacher.config.vocab_size)
@@ -414,10 +427,10 @@ def open_run(args):
     config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
     path, state_path = out / "config.json", out / "checkpoint/state.json"
-    if path.exists() and args.overwrite:
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
         shutil.rmtree(out)
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+    elif "settings" in old:
         was = old["settings"] | {"steps": args.steps}  # a run may be extended
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
         differs += ["the code was edited"] * (old["code"] != config["code"])
@@ -434,6 +447,8 @@ def open_run(args):
     state = {"step": 0, "best": None, "bytes": {}}
     if state_path.exists():
         state = json.loads(state_path.read_text(encoding="utf-8"))
+    if state["step"] < args.steps:  # of a run that is extended: not its end any more
+        shutil.rmtree(out / "final", ignore_errors=True)
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
         os.truncate(path, state["bytes"].get(path.name, 0))
     return out, state
@@ -607,7 +622,7 @@ def train(args, context):
         some = list(zip(batch, texts, rewards, strict=True))[: 4 * group : group]
         samples = [{"problem": p["problem"], "completion": c, "reward": r} for p, c, r in some]
         files = {"metrics.jsonl": [line], "samples.jsonl": samples}
-        columns = zip(batch, texts, completion_ids, mask, strict=True)
+        columns = () if args.rollouts else zip(batch, texts, completion_ids, mask, strict=True)
         stored = [
             {"problem": p["problem"], "completion": text, "completion_ids": ids[keep].tolist()}
             for p, text, ids, keep in columns

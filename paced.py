@@ -70,6 +70,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
+    ("--checkpointing", 0, 1, 0, "1: compute activations anew for the gradient, to save memory"),
     ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
     ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
     ("--pass-rollouts", 8, 8, 2, "K, the completions that a pass rate is estimated from"),
@@ -90,12 +91,19 @@ def fail(message):
     raise SystemExit(2)
 
 
+def model_path(path):
+    """A directory or a name of the hub; a run's own directory is neither."""
+    if Path(path, "metrics.jsonl").exists():
+        fail(f"{path} is a run, not a model: take its best/ or its final/")
+    return path
+
+
 def parse_arguments(argv):
     """The settings: by hand, else from the preset; and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--student", default="tiny/student", help="directory or hub name")
-    parser.add_argument("--teacher", help="directory or hub name [tiny/teacher]")
+    parser.add_argument("--student", type=model_path, default="tiny/student", help="path or hub id")
+    parser.add_argument("--teacher", type=model_path, help="path or hub id [tiny/teacher]")
     parser.add_argument("--out", help="directory of the run; the same command resumes it")
     parser.add_argument("--overwrite", action="store_true", help="start --out afresh")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -104,7 +112,6 @@ def parse_arguments(argv):
     for name, tiny, paper, _, meaning in FLAGS:
         parser.add_argument(name, type=type(tiny), help=f"{meaning} [{tiny!r}, paper {paper!r}]")
     parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--show", action="store_true", help="print one scored rollout and stop")
     parser.add_argument("--weights", choices=("paced", "uniform", "filter"), default="paced")
     parser.add_argument("--schedule", choices=SCHEDULES, help="[fkl-rkl, with --self rkl]")
@@ -178,12 +185,15 @@ def read_rows(source):
             except (ValueError, TypeError):
                 fail(f"{source}:{number}: not a JSON object; mend or delete this line")
         return
+    name, _, split = source.partition(":")
     try:
         from datasets import load_dataset
+
+        rows = load_dataset(name, split=split or "train")
     except ImportError:
         fail(f"{source} is no file; data sets of the hub need: pip install datasets")
-    name, _, split = source.partition(":")
-    rows = load_dataset(name, split=split or "train")
+    except ValueError as error:  # no such split, or a set that holds several
+        fail(f"{source}: {str(error).splitlines()[0]}")
     if source == DAPO:  # the authors' split: 80 %, seed 42
         rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
     yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
@@ -225,11 +235,11 @@ def load_problems(source, tokenizer, args, context):
 ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
-COSTLY = re.compile(r"\^\s*\S+\s*\^|\^\W*[\d.]{4,}|\)\s*\^.*\)\s*\^|\d{3,}\s*!|[!)}]\s*!|binom")
+TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
+COSTLY = re.compile(TOWER + r"|\^\W*[\d.]{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
 # What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
 SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
 MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
-LATEX = [math_verify.LatexExtractionConfig()]  # the expression extractor would evaluate the text
 
 
 def last_boxed(text):
@@ -247,8 +257,9 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
-    box = f"\\boxed{{{answer}}}"
-    return math_verify.parse(box, LATEX, fallback_mode="no_fallback", parsing_timeout=1)
+    # As LaTeX alone, since the extractor of expressions would evaluate the text.
+    box, latex = f"\\boxed{{{answer}}}", [math_verify.LatexExtractionConfig()]
+    return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
 
 def read_answers(problems):
@@ -268,7 +279,7 @@ def same_answer(gold, answer):
     """The same text, the same integer, or the same mathematics."""
     if answer == gold or (INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)):
         return answer == gold or int(answer) == int(gold)
-    if len(answer) > 256 or COSTLY.search(answer):
+    if len(answer) > 256 or (COSTLY.search(answer) and not COSTLY.search(gold)):
         return False
     return math_verify.verify(parse_answer(gold), parse_answer(answer), timeout_seconds=1)
 
@@ -501,6 +512,8 @@ def load_teacher(student, tokenizer, args):
         print(f"{args.teacher} is no run of ours: a teacher after RL (python grpo.py) is better")
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
+    if teacher.generation_config.eos_token_id is None:
+        teacher.generation_config.eos_token_id = tokenizer.eos_token_id
     if teacher.generation_config.eos_token_id != student.generation_config.eos_token_id:
         print("warning: teacher and student end a text with different tokens")
     width = min(student.config.vocab_size, teacher.config.vocab_size)
@@ -523,10 +536,10 @@ def open_run(args):
     config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
     path, state_path = out / "config.json", out / "checkpoint/state.json"
-    if path.exists() and args.overwrite:
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
         shutil.rmtree(out)
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+    elif "settings" in old:
         was = old["settings"] | {"steps": args.steps}  # a run may be extended
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
         differs += ["the code was edited"] * (old["code"] != config["code"])
@@ -543,6 +556,8 @@ def open_run(args):
     state = {"step": 0, "best": None, "bytes": {}}
     if state_path.exists():
         state = json.loads(state_path.read_text(encoding="utf-8"))
+    if state["step"] < args.steps:  # of a run that is extended: not its end any more
+        shutil.rmtree(out / "final", ignore_errors=True)
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
         os.truncate(path, state["bytes"].get(path.name, 0))
     return out, state

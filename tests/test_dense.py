@@ -346,12 +346,13 @@ def test_replayed_rollouts_are_those_that_were_stored(data, tmp_path, monkeypatc
     assert set(stored[0]) == {"step", "problem", "completion", "completion_ids"}
     monkeypatch.setattr(fkl_warmup, "validate", lambda *a: 0.0)
     monkeypatch.setattr(fkl_warmup, "rollout", None)  # nothing is sampled any more
-    again = tmp_path / "again"
-    more = ["--rollouts", str(first / "rollouts.jsonl"), "--out", str(again)]
+    replayed, replay = [], fkl_warmup.replay
+    monkeypatch.setattr(fkl_warmup, "replay", lambda b, m: replayed.extend(b) or replay(b, m))
+    more = ["--rollouts", str(first / "rollouts.jsonl"), "--out", str(tmp_path / "again")]
     fkl_warmup.main(command(data, *more))
-    replayed = lines_of(again / "rollouts.jsonl")
     whole = sorted((line["problem"], line["completion"]) for line in stored)
-    assert sorted((line["problem"], line["completion"]) for line in replayed) == whole
+    assert sorted((p["problem"], p["row"]["completion"]) for p in replayed) == whole
+    assert not (tmp_path / "again/rollouts.jsonl").read_text()  # not stored once more
 
 
 def test_replay_returns_what_rollout_did(tmp_path):
@@ -435,6 +436,18 @@ def test_another_vocabulary_is_refused(data, tmp_path, capsys):
     assert "different vocabularies" in said
 
 
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_a_teacher_that_does_not_say_how_it_ends(script, data, tmp_path, monkeypatch):
+    for name, path in (("student", STUDENT), ("teacher", TEACHER)):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / name)
+    models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    script.main(command(data, *models, "--steps", "1", "--out", str(tmp_path / "run")))
+    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["clipped"] < 1
+
+
 def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
     shutil.copytree(TEACHER, tmp_path / "other")
     path = tmp_path / "other/chat_template.jinja"
@@ -471,6 +484,7 @@ def test_bad_rollouts(data, tmp_path, capsys, line, said):
     [
         (["--student", "./nowhere"], "nowhere"),
         (["--teacher", "./nowhere"], "nowhere"),
+        (["--teacher", "run"], "run is a run, not a model"),
         (["--samples-per-prompt", "0"], "--samples-per-prompt must be at least 1"),
         (["--lr-decay", "-1"], "--lr-decay must be at least 0"),
     ],
@@ -478,4 +492,6 @@ def test_bad_rollouts(data, tmp_path, capsys, line, said):
 def test_bad_flags(script, more, said, data, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").touch()
     assert said in refusal(capsys, script, command(data, *more))

@@ -352,7 +352,7 @@ def test_scoring_divides_by_the_temperature_of_sampling(monkeypatch, data):
 
 def test_checkpointing_does_not_change_the_gradient(monkeypatch, data):
     (plain,) = gradients_of_a_step(monkeypatch, data, "--out", "plain")
-    (again,) = gradients_of_a_step(monkeypatch, data, "--out", "again", "--checkpointing")
+    (again,) = gradients_of_a_step(monkeypatch, data, "--out", "again", "--checkpointing", "1")
     assert torch.allclose(plain, again, atol=1e-6 * float(plain.abs().max()))
 
 
@@ -583,6 +583,13 @@ def test_last_balanced_box(text, answer):
         ("\\text{Evelyn}", "\\text{Evelyn}", True),
         ("\\text{Evelyn}", "\\text{Bob}", False),
         ("x^2+2x+1", "(x+1)^2", True),
+        ("x^2 + y^2", "x^2+y^2", True),  # powers, but no tower of them
+        ("\\frac{a^2}{b^2}", "\\dfrac{a^2}{b^2}", True),
+        ("2^{10} \\cdot 3^5", "2^{10}\\cdot3^5", True),
+        ("90^\\circ, 45^\\circ", "90^\\circ,45^\\circ", True),
+        ("x^4 - 2x^2 + 1", "(x-1)^2(x+1)^2", True),
+        ("120", "\\binom{10}{3}", True),
+        ("10^{2024} - 1", "10^{2024}-1", True),  # a long power, as the gold answer
         ("5", "9^{9^{9^9}}", False),
         ("5", "\\text{__import__('os').system('touch pwned')}", False),
     ],
@@ -677,6 +684,14 @@ def test_data_sets_of_the_hub(tokenizer, monkeypatch, capsys):
     assert len(load(tokenizer, "some/data:test")) == 10
     assert len(load(tokenizer, grpo.DAPO)) == 8
     assert asked == [("some/data", "test"), (grpo.DAPO, "train")]
+
+    def several(name, split):
+        raise ValueError("Config name is missing.\nPlease pick one of these: main, socratic")
+
+    fake.load_dataset = several
+    with pytest.raises(SystemExit):
+        load(tokenizer, "openai/gsm8k")
+    assert capsys.readouterr().err == "grpo.py: openai/gsm8k: Config name is missing.\n"
 
 
 def test_unlabelled_problems_and_prompts_that_are_too_long(tokenizer, tmp_path, capsys):
@@ -821,6 +836,7 @@ def test_the_papers_settings_and_who_gets_them(monkeypatch):
     assert got == (grpo.DAPO, 512, 8, 4)
     assert (args.lr, args.weight_decay, args.grad_clip, args.temperature) == (1e-6, 0.1, 1.0, 1.0)
     assert (args.max_new_tokens, args.val_data) == (8192, None) and "boxed" in args.prompt_suffix
+    assert args.checkpointing  # the activations of 8,192 tokens leave no room on a card
     assert (grpo.CLIP_LOW, grpo.CLIP_HIGH, grpo.DUAL_CLIP) == (0.2, 0.28, 10.0)
     config = Qwen3Config(hidden_size=512, num_hidden_layers=8, vocab_size=32_000)  # > 10 M
     monkeypatch.setattr(grpo.AutoConfig, "from_pretrained", lambda name: config)
@@ -943,6 +959,24 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, data, monkeypatch
     assert (out / "final").exists()
 
 
+def test_a_final_of_before_an_extension_does_not_pass_for_its_end(tmp_path, data, monkeypatch):
+    out, save = tmp_path / "run", grpo.save
+
+    def killed_at_final(path, *args):
+        if path.name == "final":
+            raise Killed
+        save(path, *args)
+
+    grpo.main(command(data, "--out", str(out), "--steps", "1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "save", killed_at_final)
+        with pytest.raises(Killed):
+            grpo.main(command(data, "--out", str(out), "--steps", "2"))
+    grpo.main(command(data, "--out", str(out), "--steps", "2"))
+    weights = [(out / name / "model.safetensors").read_bytes() for name in ("final", "checkpoint")]
+    assert weights[0] == weights[1]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -1035,6 +1069,12 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
         said = refusal(capsys, command(data, "--out", str(stranger), *more))
         assert "give another --out" in said
     assert (stranger / "thesis.tex").exists()
+    model = shutil.copytree(TEACHER, tmp_path / "model")  # it has a config.json, too
+    for more in ([], ["--overwrite"]):
+        said = refusal(capsys, command(data, "--out", str(model), *more))
+        assert "give another --out" in said
+    assert (model / "model.safetensors").exists()
+    assert "take its best/ or its final/" in refusal(capsys, command(data, "--model", str(out)))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(capsys, data, tmp_path, monkeypatch):
