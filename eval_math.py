@@ -509,6 +509,8 @@ def main(argv=None):
             evaluate(args, context)
     except (OSError, ImportError, dist.DistError) as error:  # no model, file, matplotlib, port
         fail(str(error).strip().splitlines()[0])
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --rollout-batch")
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()

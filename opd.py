@@ -479,6 +479,8 @@ def main(argv=None):
         train(*parse_arguments(argv))
     except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
         fail(str(error).splitlines()[0])
+    except torch.OutOfMemoryError:
+        fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()

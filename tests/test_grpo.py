@@ -1077,6 +1077,16 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
     assert "take its best/ or its final/" in refusal(capsys, command(data, "--model", str(out)))
 
 
+def test_memory_that_runs_out_is_told_in_a_line(capsys, data, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(grpo, "score", full)
+    said = refusal(capsys, command(data, "--out", str(tmp_path / "run")))
+    section = said.split('"')[1]
+    assert f"## {section}" in (ROOT / "README.md").read_text()
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(capsys, data, tmp_path, monkeypatch):
     loss, calls = grpo.policy_loss, itertools.count()
     monkeypatch.setattr(
