@@ -276,15 +276,14 @@ def same_answer(gold, answer):
 
 def grade(tokenizer, completion_ids, mask, golds):
     """The completions as texts, and a reward of 1 for each whose last box holds the gold answer."""
-    texts, rewards, lost = [], [], 0.0
+    texts, rewards, slow = [], [], 0
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # After ten seconds lost to hostile answers only equal texts count: a step must not stall.
-        right = answer == gold or (answer is not None and lost < 10 and same_answer(gold, answer))
+        # After ten hostile answers, a second each, only equal texts count: a step must not stall.
+        right = answer == gold or (answer is not None and slow < 10 and same_answer(gold, answer))
         rewards.append(float(right))
-        seconds = time.monotonic() - began
-        lost += seconds if seconds > 0.5 else 0.0
+        slow += time.monotonic() - began > 0.5
     return texts, rewards
 
 
@@ -615,7 +614,9 @@ def train(args, context):
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         entropy_sum = 0.0
-        for update in rows.tensor_split(args.updates_per_step):
+        # Whole groups, and the same for an update whatever the number of processes.
+        turn = (torch.arange(n)[RANK::WORLD] * args.updates_per_step // n).repeat_interleave(group)
+        for update in (rows[turn == i] for i in range(args.updates_per_step)):
             n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages gradients
             for part, own, ids, keep in micro_batches(update, prompts, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)

@@ -286,15 +286,14 @@ def same_answer(gold, answer):
 
 def grade(tokenizer, completion_ids, mask, golds):
     """The completions as texts, and a reward of 1 for each whose last box holds the gold answer."""
-    texts, rewards, lost = [], [], 0.0
+    texts, rewards, slow = [], [], 0
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # After ten seconds lost to hostile answers only equal texts count: a step must not stall.
-        right = answer == gold or (answer is not None and lost < 10 and same_answer(gold, answer))
+        # After ten hostile answers, a second each, only equal texts count: a step must not stall.
+        right = answer == gold or (answer is not None and slow < 10 and same_answer(gold, answer))
         rewards.append(float(right))
-        seconds = time.monotonic() - began
-        lost += seconds if seconds > 0.5 else 0.0
+        slow += time.monotonic() - began > 0.5
     return texts, rewards
 
 

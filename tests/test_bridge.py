@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -370,6 +371,8 @@ def test_all_arms_run_and_each_step_once(whole):
     assert len(launched) == len(set(launched)) == 12 + 2 + 12
     assert printed.count("minutes to go") == 12 and "about 0.0 minutes to go" in printed
     table = (run / "table.md").read_text()
+    said = [float(minutes) for minutes in re.findall(r"about ([\d.]+) minutes", printed)]
+    assert said[0] > said[-1] == 0
     assert table in printed
     for arm in bridge.ARMS:
         assert f"| **{arm}** |" in table
@@ -382,6 +385,9 @@ def test_all_arms_run_and_each_step_once(whole):
         last = bridge.ARMS[arm][-1]
         measured = json.loads((run / f"eval/{last}-test/results.json").read_text())["metrics"]
         assert numbers["greedy"] == measured["greedy"]
+        cell = "{mean:.3f} ({low:.3f} to {high:.3f})"
+        both = (cell.format(**measured[key]) for key in ("avg@2", "greedy"))
+        assert f"| **{arm}** | {' | '.join(both)} |" in table
         assert row["cost"]["minutes"] > 0 and row["cost"]["rollout tokens"] > 0
 
 
@@ -726,3 +732,53 @@ def test_the_error_of_a_step_is_shown_once_in_its_own_words(tmp_path):
     assert len(own) == 2 and own[0].startswith("eval_math.py: ")
     assert own[1].startswith("bridge.py: eval/student-test ended with status 2")
     assert "Traceback" not in done.stderr
+
+
+RATES = {  # step: its script, the flag of its rate
+    "1-teacher-rl": ("grpo.py", "--teacher-rl-lr"),
+    "2a-fkl": ("fkl_warmup.py", "--fkl-lr"),
+    "2b-opd": ("opd.py", "--opd-lr"),
+    "3-student-rl": ("grpo.py", "--student-rl-lr"),
+    "direct": ("grpo.py", "--direct-lr"),
+    "raw-fkl": ("fkl_warmup.py", "--fkl-lr"),
+    "raw-opd": ("opd.py", "--opd-lr"),
+    "only-opd": ("opd.py", "--opd-lr"),
+    "only-fkl": ("fkl_warmup.py", "--fkl-lr"),
+    "replay": ("fkl_warmup.py", "--replay-lr"),
+    "more-opd": ("opd.py", "--more-opd-lr"),
+    "cold-student-rl": ("grpo.py", "--student-rl-lr"),
+}
+
+
+def test_each_step_has_its_own_script_and_rate(capsys):
+    rates = {flag: str(i / 64) for i, flag in enumerate(bridge.SETTINGS, 1) if "-lr" in flag}
+    given = [word for pair in rates.items() for word in pair]
+    bridge.main(["--dry-run", "--out", "x", "--arms", "all", *given])
+    commands = {
+        words[-1]: (script, words) for script, words in commands_of(capsys.readouterr().out)
+    }
+    for step, (script, flag) in RATES.items():
+        used, words = commands[f"x/{step}"]
+        assert (used, words[words.index("--lr") + 1]) == (script, rates[flag]), step
+
+
+def test_what_stands_last_in_each_arm(plan):
+    last = "3-student-rl 2b-opd direct raw-opd only-opd only-fkl replay more-opd cold-student-rl"
+    assert [steps[-1] for steps in bridge.ARMS.values()] == last.split()
+    names, steps = list(plan), training(plan)
+    assert all(f"eval/{name}-" in f"{names[names.index(name) + 1]}-" for name in steps)
+    if steps["direct"].preset == "paper":
+        assert {(args.lr, args.steps) for args in steps.values()} >= {(1e-6, 100), (1e-6, 200)}
+        assert {args.lr for args in steps.values()} == {1e-6}
+
+
+def test_the_pocket_world_is_the_default():
+    args, splits = bridge.parse_arguments([]), splits_of([])
+    assert (args.seed, [*args.arms], args.test_data) == (
+        0,
+        ["recipe", "direct"],
+        ["tiny/test.jsonl"],
+    )
+    for split, name in ("A+B", "train"), ("VAL", "val"), ("PROMPTS", "prompts"):
+        own = [row["problem"] for row in splits[split]]
+        assert sorted(own) == sorted(problems_of(f"tiny/{name}.jsonl"))

@@ -20,7 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fkl_warmup
+import grpo
 import opd
+import paced
 
 ROOT = Path(__file__).parent.parent
 STUDENT, TEACHER = str(ROOT / "tiny/student"), str(ROOT / "tiny/teacher")
@@ -495,3 +497,32 @@ def test_bad_flags(script, more, said, data, capsys, tmp_path, monkeypatch):
     Path("run").mkdir()
     Path("run/metrics.jsonl").touch()
     assert said in refusal(capsys, script, command(data, *more))
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd, paced])
+def test_a_student_stored_in_bf16_is_trained_in_fp32(script, data, tmp_path):
+    half, out = tmp_path / "half", tmp_path / "run"
+    AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(half)
+    more = ["--weights", "uniform"] if script is paced else []
+    script.main(command(data, "--student", str(half), "--out", str(out), "--steps", "1", *more))
+    assert AutoModelForCausalLM.from_pretrained(out / "final").dtype == torch.float32
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd, paced])
+def test_completions_that_are_cut_are_warned_of(script, data, tmp_path, capsys):
+    more = ["--weights", "uniform"] if script is paced else []
+    more += ["--max-new-tokens", "2", "--steps", "1", "--out", str(tmp_path / "run")]
+    script.main(command(data, *more))
+    assert "over half of the completions are cut" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [grpo, fkl_warmup, opd, paced])
+def test_more_processes_than_prompts_to_share(script, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "WORLD", 3)
+    for name in ("start_processes", "gather"):
+        monkeypatch.setattr(script, name, lambda item: [item] * 3)
+    model = ["--model", STUDENT] if script is grpo else ["--student", STUDENT]
+    rest = ["--val-data", data, "--prompts-per-step", "3", "--out", str(tmp_path / "run")]
+    Path(data).write_text('{"problem": "4+5", "answer": "9"}\n' * 2)
+    assert "3 processes, but 2 prompts" in refusal(capsys, script, [*model, "--data", data, *rest])

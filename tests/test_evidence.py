@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from tiny import evidence
 
@@ -129,16 +131,46 @@ def test_evidence_is_what_the_records_say(written):
     assert text == evidence.evidence(seeds)
 
 
+def rows_of(text):
+    """The rows of the tables that have a number, as {column: cell}."""
+    found, head = [], None
+    for line in text.splitlines():
+        row = cells(line) if line.startswith("|") else None
+        head = row and (head or row)
+        if row and re.search(r"\d\.\d{3}", line):
+            found.append(dict(zip(head, row, strict=True)))
+    return found
+
+
 def test_readme_says_what_evidence_says(written):
-    section = (
-        (ROOT / "README.md").read_text().partition("## What it shows")[2].partition("\n## ")[0]
-    )
-    rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
-    rows = [row for row in rows if any(re.search(r"\d\.\d{3}", cell) for cell in row)]
-    known = [set(cells(line)) for line in written[0].splitlines() if line.startswith("|")]
+    section = (ROOT / "README.md").read_text().partition("## What it shows")[2]
+    rows, known = rows_of(section.partition("\n## ")[0]), rows_of(written[0])
     assert len(rows) > 20
     for row in rows:
-        assert any(set(row) <= cells for cells in known), row
+        assert any(row.items() <= other.items() for other in known), row
+
+
+def test_what_is_measured_of_a_model(tmp_path, monkeypatch):
+    def run(out, script, *flags):
+        out.mkdir(parents=True)
+        paper = "--temperature 0.7 --top-p 0.8 --top-k 20" in " ".join(map(str, flags))
+        metrics = {"avg@8": {"mean": 0.7 if paper else 1.0}, "greedy": {"mean": 0.5}}
+        (out / "results.json").write_text(json.dumps({"metrics": metrics}))
+        return out
+
+    for name, value in ("run", run), ("ARMS", {}), ("RECORDS", tmp_path):
+        monkeypatch.setattr(evidence, name, value)
+    evidence.run_seed(100, tmp_path / "runs")
+    student = json.loads((tmp_path / "seed-100.json").read_text())["arms"]["student"]
+    assert (student["sampled"], student["paper"], student["greedy"]) == (1.0, 0.7, 0.5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny/student")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/student")
+    texts = (ROOT / "tiny/heldout.txt").read_text().splitlines()
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    with torch.no_grad():
+        sums = [float(model(ids, labels=ids).loss) * (ids.shape[1] - 1) for ids in rows]
+    tokens = sum(ids.shape[1] - 1 for ids in rows)
+    assert evidence.heldout_loss(ROOT / "tiny/student") == pytest.approx(sum(sums) / tokens, 1e-4)
 
 
 def test_a_smoke_run_of_two_updates(tmp_path, monkeypatch):
@@ -167,3 +199,20 @@ def test_a_smoke_run_of_two_updates(tmp_path, monkeypatch):
     assert "too few seeds" in text and "seeds 100 101" in text and text.endswith("Why.")
     evidence.draw([record], tmp_path / "arms.png")
     assert (tmp_path / "arms.png").stat().st_size > 5000
+
+
+def test_tuning_reads_the_validation_file_and_arms_has_the_best(monkeypatch):
+    tried, read = {arm: [] for arm in evidence.ARMS}, set()
+    monkeypatch.setattr(evidence, "train", lambda a, flags, *_: tried[a].append(flags) or (0, 0))
+    monkeypatch.setattr(evidence, "evaluate", lambda m, data, *_: read.add(data) or (0.5, 0.5))
+    evidence.tune_seed(100)
+    assert read == {"tiny/val.jsonl"} and {len(own) for own in tried.values()} == {3}
+    rows = [cells(line) for line in (ROOT / "tiny/TUNING.md").read_text().splitlines()]
+    rows = {row[0]: row[1:] for row in rows if row[0] in evidence.ARMS}
+    assert rows.keys() == evidence.ARMS.keys()
+    for arm, (words, *scores) in rows.items():
+        factor = evidence.GRID[["**" in score for score in scores].index(True)]
+        words = dict(zip(words.split()[::2], words.split()[1::2], strict=True))
+        rates = {flag for flag in words if flag.endswith("lr")}
+        for flag in rates - set(evidence.DENSE) or rates:
+            assert evidence.ARMS[arm][1][flag] == pytest.approx(float(words[flag]) * factor), arm

@@ -459,17 +459,22 @@ SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
     ],
     ids=lambda config: config.model_type,
 )
-def test_any_causal_model_is_sampled_and_scored(config):
+def test_any_causal_model_is_sampled_and_scored(config, monkeypatch):
     """They take the cache at other places, and its old name only with a warning."""
     torch.manual_seed(0)
     model, prompts = AutoModelForCausalLM.from_config(config).eval(), [[5, 6, 7], [8, 9]]
     model.generation_config.eos_token_id = 3
     args = types.SimpleNamespace(rollout_batch=4, max_new_tokens=8, temperature=1.0)
+    drawn, choose = [], grpo.choose
+    monkeypatch.setattr(grpo, "choose", lambda z, *rest: drawn.append(z) or choose(z, *rest))
     ids, mask, _ = grpo.rollout(model, prompts, 2, np.random.default_rng(0), args)
     with torch.no_grad():
         scored = grpo.score(model, [p for p in prompts for _ in range(2)], ids, mask)
         alone = model(torch.cat([torch.tensor([[8, 9]]), ids[2:3, mask[2]]], 1)).logits[0, 1:-1]
     assert torch.allclose(scored[2, mask[2]], alone, atol=1e-4)
+    assert len(drawn[1]) == 4  # all are still there: of the prefill and of the step after it
+    for t in range(2):  # GPT-2 is the one that tells a wrong position
+        assert torch.allclose(drawn[t], scored[:, t], atol=1e-4)
 
 
 def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
@@ -1097,3 +1102,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(capsys, data, tmp_path, mon
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint").parameters()
     assert all(bool(p.isfinite().all()) for p in weights)
     assert np.isfinite(lines_of(tmp_path / "run/metrics.jsonl")[-1]["grad_norm"])
+
+
+def test_thinking_reaches_the_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ enable_thinking }} {{ messages[0].content }}"
+    )
+    for flags, prompt in ((), "False 4+5"), (("--thinking",), "True 4+5"):
+        args, _ = grpo.parse_arguments(["--model", TEACHER, *flags])
+        assert grpo.render("4+5", tokenizer, args)[0] == prompt
+
+
+def test_what_is_logged_of_the_rewards(data, tmp_path, monkeypatch):
+    rewards = [1.0] * 4 + [1.0, 0.0, 0.0, 0.0]
+    monkeypatch.setattr(grpo, "validate", lambda *_: 0.0)
+    monkeypatch.setattr(grpo, "grade", lambda t, ids, mask, golds: (golds, rewards))
+    grpo.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1"))
+    (line,) = lines_of(tmp_path / "run/metrics.jsonl")
+    assert (line["reward"], line["pass_rate"], line["zero_variance"]) == (5 / 8, 5 / 8, 1 / 2)

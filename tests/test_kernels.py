@@ -553,3 +553,25 @@ def test_triton_kernels_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@plain_torch
+def test_bench_without_cuda_says_so(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(bench, "cpu_report", lambda: ran.append(1))
+    bench.main([])
+    assert ran and capsys.readouterr().out.startswith("No CUDA")
+
+
+@plain_torch
+def test_bench_writes_a_table_that_names_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch, "compile", lambda loss, dynamic: loss)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(bench, "times", lambda *args, **counts: [0.5, 0.5, 0.5, 0.5])
+    bench.gpu_report(tmp_path / "t.md", [70], [500], "cpu")
+    text = (tmp_path / "t.md").read_text()
+    assert text.startswith("# a GPU\n") and text.count("| torch.compile |") == len(bench.MOVES)
+    assert "| forward KL | 70 | 500 | ours | 0.500 | 0.000 | 7% |" in text  # 5 * 70 * 500 * 2 B

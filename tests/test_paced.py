@@ -531,3 +531,12 @@ def test_a_problem_without_an_answer_is_named(line, data, capsys, tmp_path):
         file.write(line + "\n")
     said = refusal(capsys, taught(data, "--out", str(tmp_path / "run")))
     assert f"{data}:6: no answer" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("direction", [FORWARD, REVERSE])
+def test_the_temperature_divides_both_logits(direction):
+    (student, teacher), mask = torch.randn(2, 1, 2, 5), torch.ones(1, 2, dtype=torch.bool)
+    warm, one = (types.SimpleNamespace(temperature=t) for t in (2.0, 1.0))
+    rest = torch.ones(1, 1), mask, 2, direction
+    kl = paced.distil_loss(student, teacher, *rest, warm)[1]
+    assert torch.allclose(kl, paced.distil_loss(student / 2, teacher / 2, *rest, one)[1])

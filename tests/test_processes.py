@@ -305,6 +305,19 @@ def test_two_processes_evaluate_to_the_same_bytes(runs, tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
+def test_an_update_has_the_same_rollouts_on_two_processes(tmp_path, monkeypatch):
+    """Also where a process's share of them ends within a problem."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "val.jsonl").write_text("".join((ROOT / "tiny/val.jsonl").open().readlines()[:7]))
+    more = ["--prompts-per-step", "6", "--updates-per-step", "2", "--lr", "1e-9"]
+    paths = [tmp_path / f"{n}.pt" for n in (1, 2)]
+    run_fixed("grpo", [*arguments_of("grpo", tmp_path / "1", 1), *more], paths[0])
+    done = torchrun("grpo", [*arguments_of("grpo", tmp_path / "2", 1), *more], paths[1])
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(*(torch.load(path, weights_only=True) for path in paths), strict=True):
+        assert float((a - b).norm() / a.norm()) < 1e-5
+
+
 if __name__ == "__main__":
     name, gradients, fault, *arguments = sys.argv[1:]
     run_fixed(name, arguments, gradients, fault)

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo.py", "fkl_warmup.py", "opd.py", "paced.py")
 # Whole sections that are the same, byte for byte. Elsewhere every function of the same name is, but
 # for those that are the algorithm.
+COMMON = ("processes", "problems", "rollout", "scoring", "checkpoint")
 SAME = {
-    ("grpo.py", "opd.py"): ("problems", "rollout", "scoring", "checkpoint"),
-    ("fkl_warmup.py", "opd.py"): ("problems", "rollout", "scoring", "teacher", "checkpoint"),
-    ("paced.py", "opd.py"): ("problems", "rollout", "scoring", "teacher", "checkpoint"),
+    ("grpo.py", "opd.py"): COMMON,
+    ("fkl_warmup.py", "opd.py"): (*COMMON, "teacher"),
+    ("paced.py", "opd.py"): (*COMMON, "teacher"),
     ("paced.py", "grpo.py"): ("grading",),
 }
 OWN = {"parse_arguments", "train", "validate", "both_logits", "distil_loss"}
