@@ -734,6 +734,18 @@ def test_the_error_of_a_step_is_shown_once_in_its_own_words(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_report_counts_updates_not_steps(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run, flags, launched, _ = whole
+    args = bridge.parse_arguments([*flags, "--arms", "recipe", "--out", str(run)])
+    before, runs = len(launched), bridge.run_all(args, splits_of(flags))
+    args.grpo.updates_per_step, args.out = 4, tmp_path
+    bridge.report(args, runs, 4)
+    cost = json.loads((tmp_path / "results.json").read_text())["arms"]["recipe"]["cost"]
+    assert len(launched) == before
+    assert (cost["updates"], cost["dense updates"]) == (4 * 2 * 2, 2 * 2)
+
+
 RATES = {  # step: its script, the flag of its rate
     "1-teacher-rl": ("grpo.py", "--teacher-rl-lr"),
     "2a-fkl": ("fkl_warmup.py", "--fkl-lr"),
@@ -767,7 +779,10 @@ def test_what_stands_last_in_each_arm(plan):
     assert [steps[-1] for steps in bridge.ARMS.values()] == last.split()
     names, steps = list(plan), training(plan)
     assert all(f"eval/{name}-" in f"{names[names.index(name) + 1]}-" for name in steps)
-    if steps["direct"].preset == "paper":
+    flat = {name for name, args in steps.items() if getattr(args, "lr_decay", 1) == 0}
+    if steps["direct"].preset == "tiny":  # the paper's has no decay at all
+        assert flat == {"2a-fkl", "raw-fkl"}
+    else:
         assert {(args.lr, args.steps) for args in steps.values()} >= {(1e-6, 100), (1e-6, 200)}
         assert {args.lr for args in steps.values()} == {1e-6}
 

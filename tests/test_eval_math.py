@@ -52,6 +52,11 @@ def sample(answer, right, tokens=1, clipped=False):
     return {"answer": answer, "right": right, "tokens": tokens, "clipped": clipped}
 
 
+def test_completions_that_are_cut_are_warned_of(tmp_path, data, capsys):
+    eval_math.main(command(data, "--max-new-tokens", "1", "--out", str(tmp_path / "run")))
+    assert "over half of the completions are cut" in capsys.readouterr().out
+
+
 # --- metrics --------------------------------------------------------------------------------------
 
 

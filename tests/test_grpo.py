@@ -941,7 +941,9 @@ def test_completions_that_are_cut_are_warned_of(tmp_path, data, capsys):
     more = ("--max-new-tokens", "2", "--steps", "1")
     grpo.main(command(data, "--out", str(tmp_path / "run"), *more))
     assert "over half of the completions are cut" in capsys.readouterr().out
-    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["clipped"] == 1.0
+    (line,) = lines_of(tmp_path / "run/metrics.jsonl")
+    assert (line["clipped"], line["length"]) == (1.0, 2.0)
+    assert line["tokens"] == 2 * line["labels"] * 4  # of four completions each
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, data, monkeypatch, capsys):
@@ -1120,3 +1122,4 @@ def test_what_is_logged_of_the_rewards(data, tmp_path, monkeypatch):
     grpo.main(command(data, "--out", str(tmp_path / "run"), "--steps", "1"))
     (line,) = lines_of(tmp_path / "run/metrics.jsonl")
     assert (line["reward"], line["pass_rate"], line["zero_variance"]) == (5 / 8, 5 / 8, 1 / 2)
+    assert line["grad_norm"] > 0

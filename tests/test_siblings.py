@@ -99,3 +99,15 @@ def test_eval_math_grades_and_decodes_as_grpo_does():
         for name in ("grpo.py", "eval_math.py")
     ]
     assert constants[0] == constants[1]
+
+
+@pytest.mark.parametrize("name", ["SUFFIX", "CACHE"])
+def test_constants_are_the_same(name):
+    texts = [(ROOT / script).read_text() for script in (*SCRIPTS, "eval_math.py")]
+    assert len({re.search(rf"^{name} = .*$", text, re.MULTILINE)[0] for text in texts}) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_loss_writes_its_gradient_over_the_logits(script):
+    calls = re.findall(r"= (?:softmax_kl|token_logprob)\(.*", (ROOT / script).read_text())
+    assert any("inplace_backward=True" in call for call in calls)
