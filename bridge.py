@@ -115,13 +115,14 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=int, default=0, help="draws the split, goes to every script")
     parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
     parser.add_argument("--skip-student-rl", action="store_true", help="leave step 3 out")
     for flag, (tiny, paper) in SETTINGS.items():
         parser.add_argument(flag, type=type(tiny), help=f"[{tiny}, paper {paper}]")
     args = parser.parse_args(argv)
     # One preset for all steps, because teacher and student must agree on the form of a prompt.
-    like = ["--model", args.student, "--seed", str(args.seed)]
+    like = ["--model", args.student, "--seed", str(args.seed), *["--thinking"] * args.thinking]
     args.grpo, args.context = grpo.parse_arguments(like)
     args.preset = args.grpo.preset
     for flag, (tiny, paper) in SETTINGS.items():
@@ -247,12 +248,14 @@ def run_all(args, splits):
     for name, script, named in plan:
         flags = {flag: paths.get(value, value) for flag, value in named.items()}
         flags |= {"--preset": args.preset, "--seed": args.seed}
+        flags |= {"--thinking": None} if args.thinking else {}  # without a value
         out = args.out / name if args.dry_run else place(args, name, script, flags)
         runs.append((name, script, named, out))
         paths[name] = str(out / KEPT[script])
         paths[f"rollouts of {name}"] = str(out / "rollouts.jsonl")
         command = [*launcher, os.path.relpath(Path(__file__).with_name(script))]
-        command += [str(part) for pair in flags.items() for part in pair] + ["--out", str(out)]
+        command += [str(part) for pair in flags.items() for part in pair if part is not None]
+        command += ["--out", str(out)]
         if args.dry_run:
             print(f"\n{name}\n$ {shlex.join(command)}")
         elif (out / ("results.json" if script == EVAL else "final")).exists():

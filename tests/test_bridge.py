@@ -734,6 +734,15 @@ def test_the_error_of_a_step_is_shown_once_in_its_own_words(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_thinking_is_one_flag_for_every_step(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for more in [], ["--thinking"]:
+        bridge.main(["--dry-run", "--out", "x", "--arms", "all", *more])
+        commands = [words for _, words in commands_of(capsys.readouterr().out)]
+        assert len(commands) == 26 and {"--thinking" in words for words in commands} == {bool(more)}
+        assert bridge.parse_arguments(more).grpo.thinking is bool(more)
+
+
 def test_the_report_counts_updates_not_steps(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run, flags, launched, _ = whole
