@@ -267,8 +267,11 @@ CASES = [  # (gold, answer, verdict)
     ("y = 2x + 3", "y = 2x - 3", False), ("3x+4y=0", "3x-4y=0", False), ("x+y", "y+x", True),
     ("6 - 5i", "6-5i", True), ("3+4i", "3-4i", False), ("x_1", "x_2", False), ("x>2", "x<2", False),
     # screened, because it could cost a second: only the same text counts
-    ("5", "9^{9^{9^9}}", False), ("9^{9^{9^9}}", "9^{9^{9^9}}", True),
-    ("10", "\\binom{5}{2}", False),
+    ("5", "9^{9^{9^9}}", False), ("9^{9^{9^9}}", "9^{9^{9^9}}", True), ("720", "(3!)!", False),
+    # which no power beside a power, or short binomial, is, nor what the gold answer is like
+    ("10", "\\binom{5}{2}", True), ("x^2 + y^2", "x^2+y^2", True), ("x^2 + y^2", "x^2+y^3", False),
+    ("2^{10} \\cdot 3^5", "2^{10}\\cdot3^5", True), ("10^{2024} - 1", "10^{2024}-1", True),
+    ("(n-1)!", "(n - 1)!", True), ("\\frac{a^2}{b^2}", "\\dfrac{a^2}{b^2}", True),
     # math-verify is lenient here, and so are we: what a person would have to ask back about
     ("\\text{Evelyn}", "\\text{evelyn}", True), ("2516_8", "2516", True),
     ("3:4", "\\frac{3}{4}", True),
