@@ -16,48 +16,64 @@ LOG2E, LN2 = math.log2(math.e), tl.constexpr(math.log(2))
 
 def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
-    settings = p.shape[1], p.stride(0), q.stride(0), LOG2E / temperature, BLOCK
+    sizes = p.shape[1], p.stride(0), q.stride(0)
+    settings = *sizes, LOG2E / temperature, BLOCK, lane_width(sizes)
     forward_kernel[(len(kl),)](kl, lse, p, q, mask, *settings, num_warps=16)
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     sizes = p.shape[1], grad.stride(0), p.stride(0), q.stride(0)
-    settings = LOG2E / temperature, direction == "reverse", BLOCK
-    backward_kernel[(len(kl),)](grad, scale, p, q, kl, lse, *sizes, *settings, num_warps=16)
+    settings = *sizes, LOG2E / temperature, direction == "reverse", BLOCK
+    backward_kernel[(len(kl),)](grad, scale, p, q, kl, lse, *settings, num_warps=16)
+
+
+def lane_width(sizes):
+    """The logits that a thread loads at once: 16 bytes of bf16, if each row begins at a 16th."""
+    return 1 if any(size % 16 for size in sizes) else 8
+
+
+@triton.jit
+def moved(p_sum, q_sum, d_sum, p_delta, q_delta, beta):
+    """The sums of a lane after its maxima have grown by so much."""
+    scale = tl.exp2(-p_delta * beta)
+    # where: a probability of 0 counts for nothing, even against an infinite difference.
+    d_sum = tl.where(scale == 0, 0.0, (d_sum + p_sum * (q_delta - p_delta)) * scale)
+    return p_sum * scale, q_sum * tl.exp2(-q_delta * beta), d_sum
 
 
 @triton.jit
 def forward_kernel(
-    kl_ptr, lse_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta, BLOCK: tl.constexpr
-):
+    kl_ptr, lse_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
     if tl.load(mask_ptr + row) == 0:
         return
-    p_max, q_max = -1e30, -1e30  # not −inf: −inf − (−inf) is no number
-    p_sum = tl.zeros([BLOCK], tl.float32)  # the sums stay apart until the end, one for each lane
-    q_sum = tl.zeros([BLOCK], tl.float32)
-    d_sum = tl.zeros([BLOCK], tl.float32)
+    # A lane of logits has maxima and sums of its own until the end: no thread waits for another.
+    lane, zero = tl.arange(0, BLOCK // WIDTH), tl.zeros([BLOCK // WIDTH], tl.float32)
+    p_max, q_max = zero - 1e30, zero - 1e30  # not −inf: −inf − (−inf) is no number
+    p_sum, q_sum, d_sum = zero, zero, zero
     for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)
+        v = start + WIDTH * lane[:, None] + tl.arange(0, WIDTH)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         p_old, q_old = p_max, q_max
-        p_max, q_max = tl.maximum(p_old, tl.max(p, 0)), tl.maximum(q_old, tl.max(q, 0))
-        p_shift, q_shift = p_old - p_max, q_old - q_max
-        p, q = p - p_max, q - q_max
-        scale, p_exp = tl.exp2(p_shift * beta), tl.exp2(p * beta)
-        # where: a probability of 0 counts for nothing, even against an infinite difference.
-        d_sum = tl.where(scale == 0, 0.0, (d_sum + p_sum * (p_shift - q_shift)) * scale)
-        d_sum += tl.where(p_exp == 0, 0.0, p_exp * (p - q))
-        p_sum = p_sum * scale + p_exp
-        q_sum = q_sum * tl.exp2(q_shift * beta) + tl.exp2(q * beta)
+        p_max, q_max = tl.maximum(p_old, tl.max(p, 1)), tl.maximum(q_old, tl.max(q, 1))
+        p_sum, q_sum, d_sum = moved(p_sum, q_sum, d_sum, p_max - p_old, q_max - q_old, beta)
+        p, q = p - p_max[:, None], q - q_max[:, None]
+        p_exp = tl.exp2(p * beta)
+        d_sum += tl.sum(tl.where(p_exp == 0, 0.0, p_exp * (p - q)), 1)
+        p_sum += tl.sum(p_exp, 1)
+        q_sum += tl.sum(tl.exp2(q * beta), 1)
+    p_top, q_top = tl.max(p_max, 0), tl.max(q_max, 0)
+    p_sum, q_sum, d_sum = moved(p_sum, q_sum, d_sum, p_top - p_max, q_top - q_max, beta)
     p_total, p_log, q_log = tl.sum(p_sum, 0), tl.log2(tl.sum(p_sum, 0)), tl.log2(tl.sum(q_sum, 0))
     tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total * beta - (p_log - q_log)) * LN2)
     # Each log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
-    tl.store(lse_ptr + 4 * row, p_max)
+    tl.store(lse_ptr + 4 * row, p_top)
     tl.store(lse_ptr + 4 * row + 1, p_log)
-    tl.store(lse_ptr + 4 * row + 2, q_max)
+    tl.store(lse_ptr + 4 * row + 2, q_top)
     tl.store(lse_ptr + 4 * row + 3, q_log)
 
 
@@ -81,9 +97,10 @@ def backward_kernel(
         p, q = tl.exp2(p * beta - p_log), tl.exp2(q * beta - q_log)
         dz = tl.where(p == 0, 0.0, p * x) if of_p else q - p
         dz = tl.where(scale == 0, 0.0, scale * dz)
+        tl.store(grad_ptr + row * grad_stride + v, dz, mask=v < V)
         is_top = (p if of_p else q) > 0.75
-        tl.store(grad_ptr + row * grad_stride + v, dz, mask=(v < V) & ~is_top)
-        top = tl.where(is_top, v, top)
-        rest += tl.where(is_top, 0.0, dz)
+        top, rest = tl.where(is_top, v, top), rest + tl.where(is_top, 0.0, dz)
     # A row sums to 0. Where the probability is almost 1, dz is mostly rounding, and this is not.
-    tl.store(grad_ptr + row * grad_stride + top, -tl.sum(rest, 0), mask=top < V)
+    place = grad_ptr + row * grad_stride + tl.min(top, 0)
+    tl.debug_barrier()  # some other thread has written there
+    tl.store(place, -tl.sum(rest, 0), mask=tl.min(top, 0) < V)

@@ -8,6 +8,7 @@ With a GPU the compiled kernels are tested too.
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -35,13 +36,15 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Little data is enough for several blocks and chunks."""
+@pytest.fixture(autouse=True, params=[1, 8] if INTERPRETED or GPU else [1])
+def small_blocks(request, monkeypatch):
+    """Little data is enough for several blocks and chunks; lanes of either width."""
     monkeypatch.setattr(reference, "CHUNK", 2 * V)
     if INTERPRETED or GPU:
         for name in ("softmax_kl", "logprob"):
-            monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "BLOCK", 64)
+            module = importlib.import_module(f"kernels.{name}")
+            monkeypatch.setattr(module, "BLOCK", 64)
+            monkeypatch.setattr(module, "lane_width", lambda sizes: request.param)
     with warnings.catch_warnings():  # the interpreter warns of −inf − (−inf)
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -553,6 +556,53 @@ def test_triton_kernels_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+# The parameters of a kernel that are no fp32 pointers, and what they are.
+KINDS = dict.fromkeys(["p_ptr", "q_ptr", "z_ptr", "grad_ptr"], "*bf16") | {
+    "mask_ptr": "*i1", "ids_ptr": "*i64", "beta": "fp32",
+} | dict.fromkeys(["V", "stride", "p_stride", "q_stride", "grad_stride"], "i32")  # fmt: skip
+
+
+@needs_triton
+@plain_torch
+@pytest.mark.parametrize("vocabulary", [151_936, 151_669, 1])
+@pytest.mark.parametrize("name, kernel, of_p", [
+    ("softmax_kl", "forward", None), ("softmax_kl", "backward", True),
+    ("softmax_kl", "backward", False), ("logprob", "forward", None), ("logprob", "backward", None),
+])  # fmt: skip
+def test_compiles_for_an_h100(name, kernel, of_p, vocabulary, tmp_path, monkeypatch):
+    """Without one: 16 bytes at once where the rows allow it, and no thread waits in the loop."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    module = importlib.import_module(f"kernels.{name}")
+    function = getattr(module, f"{kernel}_kernel")
+    constants = {"BLOCK": module.BLOCK, "of_p": of_p, "WIDTH": module.lane_width([vocabulary])}
+    kinds, constant, aligned = {}, {}, {}
+    for place, argument in enumerate(function.arg_names):
+        kinds[argument] = "constexpr" if argument in constants else KINDS.get(argument, "*fp32")
+        if argument in constants:
+            constant[(place,)] = constants[argument]
+        elif kinds[argument] == "i32" and vocabulary == 1:  # as at a launch
+            kinds[argument], constant[(place,)] = "constexpr", 1
+        elif kinds[argument] != "fp32" and (kinds[argument] != "i32" or vocabulary % 16 == 0):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = compiler.ASTSource(function, kinds, constant, aligned)
+    ptx = compiler.compile(source, target=target, options={"num_warps": 16}).asm["ptx"]
+    loops = re.findall(r"(\$L__BB0_\d+):(.*?)bra\s+\1;", ptx, re.DOTALL)
+    assert len(loops) == (vocabulary > 1) and "ld.global" in ptx
+    for _, loop in loops:
+        assert "bar.sync" not in loop and "shfl" not in loop
+        assert ("ld.global.v4" in loop) == (vocabulary == 151_936)
+        assert ("st.global.v4" in loop) == (vocabulary == 151_936 and kernel == "backward")
+
+
+@needs_triton
+@plain_torch
+def test_lanes_are_wide_where_every_row_begins_at_a_16th():
+    lane_width = importlib.import_module("kernels.softmax_kl").lane_width
+    assert [lane_width(sizes) for sizes in ([151_936, 152_064], [151_936, 151_669])] == [8, 1]
 
 
 @plain_torch
