@@ -49,7 +49,7 @@ def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, tempera
         else:
             s = x_q.sub_(q_log).exp_()
             dz = s - x_p.sub_(p_log).exp_()
-        grad[rows] = balanced(dz, s).mul_(scale[rows, None])
+        grad[rows] = balanced(dz, s).mul_(scale[rows, None]).to(grad.dtype)
 
 
 def logprob_forward(logp, entropy, lse, logits, ids, temperature):
@@ -73,7 +73,8 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, t
         p, g_one = log_p.exp(), g_logp[rows, None]
         x = log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_one)
         dz, _ = weighted(p, x)
-        grad[rows] = balanced(dz.scatter_add_(-1, ids[rows, None], g_one), p)
+        dz = balanced(dz.scatter_add_(-1, ids[rows, None], g_one), p)
+        grad[rows] = dz.to(grad.dtype)
 
 
 def centred(logits, rows, temperature, z_max=None):
