@@ -352,7 +352,7 @@ def micro_batches(rows, prompts, completion_ids, mask, args):
         counts = number < len(parts)
         part = parts[number] if counts else rows.new_zeros(1)
         longest = int(lengths[part].max())
-        own = [prompts[i] for i in part]
+        own = [prompts[i] for i in part.tolist()]
         yield part, own, completion_ids[part, :longest], mask[part, :longest] & counts
 
 
