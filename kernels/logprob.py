@@ -38,7 +38,7 @@ def forward_kernel(
         x = z - z_max[:, None]
         x_exp = tl.exp2(x * beta)
         e_sum += tl.sum(x_exp, 1)
-        x_sum += tl.sum(tl.where(x_exp == 0, 0.0, x_exp * x), 1)
+        x_sum += tl.sum(x_exp * tl.where(x_exp == 0, 0.0, x), 1)
     top = tl.max(z_max, 0)
     e_sum, _, x_sum = moved(e_sum, 0.0, x_sum, top - z_max, 0.0, beta)
     total, z_id = tl.sum(e_sum, 0), tl.load(z_ptr + row * stride + tl.load(ids_ptr + row))

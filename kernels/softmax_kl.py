@@ -63,7 +63,7 @@ def forward_kernel(
         p_sum, q_sum, d_sum = moved(p_sum, q_sum, d_sum, p_max - p_old, q_max - q_old, beta)
         p, q = p - p_max[:, None], q - q_max[:, None]
         p_exp = tl.exp2(p * beta)
-        d_sum += tl.sum(tl.where(p_exp == 0, 0.0, p_exp * (p - q)), 1)
+        d_sum += tl.sum(p_exp * tl.where(p_exp == 0, 0.0, p - q), 1)
         p_sum += tl.sum(p_exp, 1)
         q_sum += tl.sum(tl.exp2(q * beta), 1)
     p_top, q_top = tl.max(p_max, 0), tl.max(q_max, 0)
