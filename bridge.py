@@ -1,9 +1,10 @@
 """The whole recipe in one command: sparse-to-dense (arXiv 2605.12483), its baseline, its controls.
 
-Labels are few, prompts many. Half of the labels (A) trains the teacher, who can make something of
-them. What he has learnt goes into the student token by token, without a label: the bridge. The
-other half (B) trains the student, who by then can use it too. Direct GRPO, the baseline, spends
-all labels on the student. The test file reaches the evaluation, after each step, and nothing else.
+Labels are few, prompts many. Half of the labels (A; of DAPO the authors' 80 %) train the teacher,
+who can make something of them. What he has learnt goes into the student token by token, without a
+label: the bridge. The others (B) train the student, who by then can use them too. Direct GRPO, the
+baseline, spends all on the student. The test file reaches the evaluation, after each step, and
+nothing else.
 
     python bridge.py                        the pocket models: some minutes on two cores
     python bridge.py --arms all             with every control
@@ -116,7 +117,7 @@ def parse_arguments(argv):
     parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
-    parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had its RL")
+    parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had it")
     parser.add_argument("--skip-student-rl", action="store_true", help="leave step 3 out")
     for flag, (tiny, paper) in SETTINGS.items():
         parser.add_argument(flag, type=type(tiny), help=f"[{tiny}, paper {paper}]")
@@ -141,6 +142,8 @@ def parse_arguments(argv):
     args.out = args.out or Path(time.strftime("runs/bridge-%Y%m%d-%H%M%S"))
     skip = {"1-teacher-rl": args.skip_teacher_rl, "3-student-rl": args.skip_student_rl}
     chosen = ARMS if "all" in args.arms else args.arms
+    if args.skip_teacher_rl and "raw-teacher" in chosen:
+        fail("--skip-teacher-rl leaves no teacher before RL: name the --arms without raw-teacher")
     args.arms = {arm: [step for step in ARMS[arm] if not skip.get(step)] for arm in chosen}
     return args
 

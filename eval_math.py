@@ -122,8 +122,10 @@ def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
     if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
-        dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -397,9 +399,10 @@ def measure(samples, ks):
     """The numbers of one problem; the first of its samples is the greedy one."""
     greedy, *drawn = samples
     n, c = len(drawn), sum(sample["right"] for sample in drawn)
-    votes = {}  # for wrong answers: of those that are equal the first one gets all
+    votes = {}  # for wrong answers: of those that are equal, as either reads the other, the first
     for answer in (s["answer"] for s in drawn if not s["right"] and s["answer"] is not None):
-        first = next((other for other in votes if same_answer(other, answer)), answer)
+        same = (v for v in votes if same_answer(v, answer) or same_answer(answer, v))
+        first = next(same, answer)
         votes[first] = votes.get(first, 0) + 1
     ballot = [c, *votes.values()]
     return {
@@ -483,15 +486,16 @@ def regrade(path, args):
 def compare(one, other):
     """The second run minus the first: paired by problem, because problems differ more than runs."""
     a, b = (json.loads(Path(out, "results.json").read_text()) for out in (one, other))
-    if a.get("data") != b.get("data") or not len(a.get("each", "")) == len(b.get("each", "")) > 0:
-        fail(f"{one} and {other} are about different problems: nothing to pair")
+    same = a.get("data") and a["data"] == b.get("data")
+    if not same or not len(a.get("each", "")) == len(b.get("each", "")) > 0:
+        fail(f"{one} and {other} are not known to be about the same problems: nothing to pair")
     pairs = [*zip(a["each"], b["each"], strict=True)]
     gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]
     print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
     for name, gain in intervals(gains).items():
         print("{:<8} {mean:+9.3f} ({low:+.3f} to {high:+.3f})".format(name, **gain))
     for a, b in pairs:
-        if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # by more than half of the votes
+        if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # alone with the most votes
             side = "right" if b["maj"] > 0.5 else "wrong"
             print(f"{a['where']} became {side} by majority; avg {a['avg']:.2f} -> {b['avg']:.2f}")
 

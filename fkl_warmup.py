@@ -60,7 +60,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 400, 100, 1, "batches of rollouts"),  # paper: ours
     ("--lr", 2e-3, 1e-6, 0, "learning rate"),  # paper: ours
-    ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
+    ("--lr-decay", 0.4, 0.0, 0, "last share of the steps, over which lr falls towards a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
@@ -129,8 +129,10 @@ def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
     if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
-        dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -313,6 +315,8 @@ def read_rollouts(tokenizer, args, context):
         known = isinstance(ids, list) and ids and all(i in tokens for i in ids)
         if not known or tokenizer.decode(ids) != row.get("completion"):
             fail(f"{problem['where']}: not a rollout of this tokenizer")
+        if row.get("prompt", problem["prompt"]) != problem["prompt"]:
+            fail(f"{problem['where']}: written after another prompt: {row['prompt']!r}")
     return problems
 
 
@@ -416,7 +420,7 @@ def load_teacher(student, tokenizer, args):
 
 
 # --- checkpoint -----------------------------------------------------------------------------------
-def open_run(args):
+def open_run(args, problems):
     """The directory of the run, made or reopened, and the state to go on from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
     while args.out is None and out.exists():  # two runs in one second
@@ -424,16 +428,20 @@ def open_run(args):
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
-    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
-    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    config = {"settings": settings, "versions": versions, **hashes}
     path, state_path = out / "config.json", out / "checkpoint/state.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
         shutil.rmtree(out)
     elif "settings" in old:
-        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        # A run may be extended, and fitted to the memory.
+        free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
+        was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
-        differs += ["the code was edited"] * (old["code"] != config["code"])
+        differs += [f"the {k} was edited" for k in hashes if old.get(k) != hashes[k]]
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
@@ -521,7 +529,7 @@ def train(args, context):
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
-    run = (None, {"step": 0}) if args.show or RANK else open_run(args)
+    run = (None, {"step": 0}) if args.show or RANK else open_run(args, problems + val_problems)
     out, state = gather(run)[0]
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
@@ -626,7 +634,8 @@ def train(args, context):
         files = {"metrics.jsonl": [line], "samples.jsonl": samples}
         columns = () if args.rollouts else zip(batch, texts, completion_ids, mask, strict=True)
         stored = [
-            {"problem": p["problem"], "completion": text, "completion_ids": ids[keep].tolist()}
+            {key: p[key] for key in ("problem", "prompt")}
+            | {"completion": text, "completion_ids": ids[keep].tolist()}
             for p, text, ids, keep in columns
         ]
         files["rollouts.jsonl"] = [line for lines in gather(stored) for line in lines]

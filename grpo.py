@@ -135,8 +135,10 @@ def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
     if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
-        dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -280,9 +282,9 @@ def grade(tokenizer, completion_ids, mask, golds):
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # After ten hostile answers, a second each, only equal texts count: a step must not stall.
-        right = answer == gold or (answer is not None and slow < 10 and same_answer(gold, answer))
-        rewards.append(float(right))
+        # After ten hostile answers, a second each, LaTeX is not read: a step must not stall.
+        read = answer and (slow < 10 or INTEGER.fullmatch(answer))
+        rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.monotonic() - began > 0.5
     return texts, rewards
 
@@ -439,7 +441,7 @@ def validate(model, tokenizer, problems, args):
 
 
 # --- checkpoint -----------------------------------------------------------------------------------
-def open_run(args):
+def open_run(args, problems):
     """The directory of the run, made or reopened, and the state to go on from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
     while args.out is None and out.exists():  # two runs in one second
@@ -447,16 +449,20 @@ def open_run(args):
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
-    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
-    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    config = {"settings": settings, "versions": versions, **hashes}
     path, state_path = out / "config.json", out / "checkpoint/state.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
         shutil.rmtree(out)
     elif "settings" in old:
-        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        # A run may be extended, and fitted to the memory.
+        free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
+        was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
-        differs += ["the code was edited"] * (old["code"] != config["code"])
+        differs += [f"the {k} was edited" for k in hashes if old.get(k) != hashes[k]]
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
@@ -543,7 +549,7 @@ def train(args, context):
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
-    run = (None, {"step": 0}) if args.show or RANK else open_run(args)
+    run = (None, {"step": 0}) if args.show or RANK else open_run(args, problems + val_problems)
     out, state = gather(run)[0]
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))

@@ -3,7 +3,8 @@
 The paper's premise: a problem that the student always solves has nothing left to teach, one that it
 never solves pulls in directions that do not add up. So each problem counts by the student's own
 pass rate p on it: nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of
-the student, graded against labels; the loss itself reads none. Either distillation will do.
+the student (in no count of tokens), graded against labels; the loss itself reads none but the hint
+of --self.
 
   Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
   Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl), KL(pi_S‖pi_T) on the student's (rkl)
@@ -12,7 +13,8 @@ the student, graded against labels; the loss itself reads none. Either distillat
 Ours: the mean of Eq. 3 is over the problems of the whole update; problems of weight 0 are not
 sampled, so that whatever the weights, a step has as many rollouts; a problem's p is refreshed every
 --refresh-every steps. --self: the teacher is the frozen start model, which sees the answer in its
-prompt (--hint). vs opd.py: the weights, and a schedule of both directions.
+prompt (--hint). Of the paper's settings we know alpha and beta; the preset has those of OPD in the
+other paper. vs opd.py: the weights, and a schedule of both directions.
 
     python paced.py                         the pocket student: half a minute on two cores
     python paced.py --self --student Qwen/Qwen3-1.7B --data labelled.jsonl --val-data val.jsonl
@@ -64,7 +66,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
     ("--steps", 100, 100, 1, "batches of rollouts"),  # paper: ours
     ("--lr", 1e-3, 1e-6, 0, "learning rate"),
-    ("--lr-decay", 0.4, 0.0, 0, "share of the steps, the last, over which lr falls to a tenth"),
+    ("--lr-decay", 0.4, 0.0, 0, "last share of the steps, over which lr falls towards a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
@@ -145,8 +147,10 @@ def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
     if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # gloo for tensors on a CPU, nccl on a GPU; some rollouts take far longer
-        dist.init_process_group(timeout=timedelta(hours=3))
+    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -290,9 +294,9 @@ def grade(tokenizer, completion_ids, mask, golds):
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # After ten hostile answers, a second each, only equal texts count: a step must not stall.
-        right = answer == gold or (answer is not None and slow < 10 and same_answer(gold, answer))
-        rewards.append(float(right))
+        # After ten hostile answers, a second each, LaTeX is not read: a step must not stall.
+        read = answer and (slow < 10 or INTEGER.fullmatch(answer))
+        rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.monotonic() - began > 0.5
     return texts, rewards
 
@@ -419,9 +423,9 @@ def micro_batches(rows, prompts, completion_ids, mask, args):
 # --- weights --------------------------------------------------------------------------------------
 def pass_rates(student, tokenizer, problems, rng, args):
     """The share of right answers among --pass-rollouts of the student's own, for each problem."""
-    rates, k = [], args.pass_rollouts
-    # The pool may be large: about as many problems at once as a step has.
-    parts = np.array_split(problems, max(1, len(problems) // args.prompts_per_step))
+    rates, k, n = [], args.pass_rollouts, args.prompts_per_step
+    # The pool may be large: as many problems at once as a step has, at least one a process.
+    parts = np.array_split(problems, np.arange(n, len(problems) - WORLD + 1, n))
     for part in tqdm(parts, "pass rates", **INNER_BAR):
         own = part[RANK::WORLD]
         completion_ids, mask, _ = rollout(student, [p["ids"] for p in own], k, rng, args)
@@ -524,7 +528,7 @@ def load_teacher(student, tokenizer, args):
 
 
 # --- checkpoint -----------------------------------------------------------------------------------
-def open_run(args):
+def open_run(args, problems):
     """The directory of the run, made or reopened, and the state to go on from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
     while args.out is None and out.exists():  # two runs in one second
@@ -532,16 +536,20 @@ def open_run(args):
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
-    config = {"settings": settings, "code": hashlib.sha256("".join(trees).encode()).hexdigest()}
-    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    config = {"settings": settings, "versions": versions, **hashes}
     path, state_path = out / "config.json", out / "checkpoint/state.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
         shutil.rmtree(out)
     elif "settings" in old:
-        was = old["settings"] | {"steps": args.steps}  # a run may be extended
+        # A run may be extended, and fitted to the memory.
+        free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
+        was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
-        differs += ["the code was edited"] * (old["code"] != config["code"])
+        differs += [f"the {k} was edited" for k in hashes if old.get(k) != hashes[k]]
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
@@ -624,7 +632,8 @@ def train(args, context):
         val_problems = problems[::10][:256]
         problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
-    labels = len(problems) if args.self or args.weights != "uniform" else 0
+    weighted = args.weights != "uniform"
+    labels = len(problems) if args.self or weighted else 0
     read_answers((problems if labels else []) + (val_problems if args.self else []))
     for problem in problems + val_problems:
         hint = args.hint.replace("{answer}", problem["answer"]) if args.self else ""
@@ -634,7 +643,7 @@ def train(args, context):
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
-    run = (None, {"step": 0}) if args.show or RANK else open_run(args)
+    run = (None, {"step": 0}) if args.show or RANK else open_run(args, problems + val_problems)
     out, state = gather(run)[0]
     print(f"--out {out} goes on with this run" if out else "one rollout, no run")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
@@ -673,7 +682,7 @@ def train(args, context):
     for step in (bar := tqdm(range(first_step, args.steps), name, disable=RANK > 0, **done)):
         began = time.monotonic()
         # 0 weigh: at the start, and every --refresh-every steps
-        due = args.weights != "uniform" and step % (args.refresh_every or args.steps) == 0
+        due = weighted and step % (args.refresh_every or args.steps) == 0
         if due:
             rng = np.random.default_rng([args.seed, 3, step, RANK])
             rates = pass_rates(model, tokenizer, problems, rng, args)
@@ -685,13 +694,12 @@ def train(args, context):
             fail(f"{edge}; --overwrite this run with other --data or a larger --pass-rollouts")
         if len(kept) == 0:
             bar.write(f"the frontier is used up: after step {step} no problem has a weight left")
+            state["step"] = step  # the same command goes on here, and so ends again
+            save(out / "checkpoint", model, tokenizer, optimizer, state)
             break
         ess = weights.sum() ** 2 / (weights**2).sum()
         if due:
-            zeros = len(problems) - len(kept)
-            bar.write(
-                f"{zeros} of {len(problems)} problems have weight 0; effectively {ess:.0f} count"
-            )
+            bar.write(f"{len(kept)} of {len(problems)} problems weigh; effectively {ess:.0f} count")
 
         # 1 sample; [seed, 0, 0] draws what opd.py's [seed, 0] does: numpy ignores zeros at the end
         chosen = draw(kept, step - state["weighed"], [args.seed, 0, state["weighed"]], n)
@@ -739,9 +747,9 @@ def train(args, context):
         line = dict(
             step=step + 1, length=tokens / n_rows, clipped=cut / n_rows,
             grad_norm=norm, lr=lr, tokens=tokens, seconds=seconds, val=None,
-            reward=None, kl=kl / tokens, entropy=None, zero_variance=None, labels=labels,
-            pass_rate=np.mean(state["pass_rate"]) if args.weights != "uniform" else None,
-            zero_weight=len(problems) - len(kept), ess=ess,
+            reward=None, entropy=None, zero_variance=None, zero_weight=len(problems) - len(kept),
+            labels=labels if weighted else min(labels, (step + 1) * n), kl=kl / tokens, ess=ess,
+            pass_rate=np.mean(state["pass_rate"]) if weighted else None,
         )  # fmt: skip
         last = step + 1 == args.steps
         if last or (step + 1) % args.val_every == 0:
@@ -757,7 +765,7 @@ def train(args, context):
             with (out / file_name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
                 state["bytes"][file_name] = file.tell()
-        if last or (step + 1) % args.save_every == 0:
+        if last or due or (step + 1) % args.save_every == 0:  # the rates may have taken hours
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)
         shown = ("reward", "kl", "length", "clipped", "zero_variance")

@@ -139,6 +139,20 @@ def test_the_sampled_estimator_has_the_exact_gradient_in_expectation():
     assert value == pytest.approx(float(full.sum()), abs=1e-6)
 
 
+def test_the_sampled_estimator_survives_logits_of_minus_infinity():
+    """In padding, or of a token that the teacher never says: no gradient, as in the exact KL."""
+    torch.manual_seed(4)
+    student, teacher = torch.randn(2, 1, 3, 5)
+    student[0, 2, 0] = teacher[0, 2, 0] = teacher[0, 1, 3] = -torch.inf
+    student.requires_grad_()
+    ids, mask = torch.tensor([[1, 3, 0]]), torch.tensor([[True, True, False]])
+    loss, kl = loss_of(opd, student * 1.0, teacher, ids, mask, SAMPLED)
+    loss.backward()
+    assert loss.isfinite() and kl[0, 1] == torch.inf and kl[0, 2] == 0
+    assert student.grad.isfinite().all() and (student.grad[0, 1:] == 0).all()
+    assert (student.grad[0, 0] != 0).all()
+
+
 @pytest.mark.parametrize("script", [fkl_warmup, opd])
 def test_at_the_teachers_own_weights_there_is_nothing_to_learn(script):
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -345,7 +359,7 @@ def test_replayed_rollouts_are_those_that_were_stored(data, tmp_path, monkeypatc
     fkl_warmup.main(command(data, "--out", str(first)))
     stored = lines_of(first / "rollouts.jsonl")
     assert len(stored) == 3 * 2 * 2
-    assert set(stored[0]) == {"step", "problem", "completion", "completion_ids"}
+    assert set(stored[0]) == {"step", "problem", "prompt", "completion", "completion_ids"}
     monkeypatch.setattr(fkl_warmup, "validate", lambda *a: 0.0)
     monkeypatch.setattr(fkl_warmup, "rollout", None)  # nothing is sampled any more
     replayed, replay = [], fkl_warmup.replay
@@ -470,12 +484,13 @@ def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
         ('{"problem": "4+5", "completion": "9", "completion_ids": []}', ":2: not a rollout"),
         ('{"problem": "4+5", "completion": "9", "completion_ids": [99999]}', ":2: not a rollout"),
         ('{"problem": "4+5", "completion": "8", "completion_ids": [3]}', ":2: not a rollout"),
+        (None, ":2: written after another prompt: '4+5='"),
     ],
 )
 def test_bad_rollouts(data, tmp_path, capsys, line, said):
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
     good = {"problem": "4+5", "completion": "9", "completion_ids": tokenizer("9")["input_ids"]}
-    path = tmp_path / "rollouts.jsonl"
+    path, line = tmp_path / "rollouts.jsonl", line or json.dumps(good | {"prompt": "4+5="})
     path.write_text(json.dumps(good) + "\n" + line + "\n")
     assert f"{path}{said}" in refusal(capsys, fkl_warmup, command(data, "--rollouts", str(path)))
 

@@ -105,6 +105,15 @@ def test_majority(votes, share):
             assert eval_math.measure([greedy, *samples], [])[f"maj@{len(texts)}"] == share
 
 
+def test_wrong_answers_vote_together_whichever_is_read_first():
+    """math-verify takes 3+2=5 for 5, but not 5 for 3+2=5."""
+    votes = ["5", "3+2=5", "7"]
+    assert [eval_math.same_answer(*pair) for pair in (votes[:2], votes[1::-1])].count(True) == 1
+    for order in itertools.permutations(votes):
+        samples = [sample(text, text == "7") for text in order]
+        assert eval_math.measure([samples[0], *samples], [])["maj@3"] == 0
+
+
 def test_every_number_of_the_table():
     right, wrong, none = sample("5", True, 3), sample("6", False, 5, True), sample(None, False, 9)
     problems = [[right, right, right, right, wrong], [wrong, wrong, wrong, none, right]]
@@ -724,7 +733,11 @@ def test_compare_of_different_problems_and_regrade_of_something_else(capsys, dat
     eval_math.main(arguments)
     path = tmp_path / "b/results.json"
     path.write_text(path.read_text().replace('"x"', '"y"'))
-    assert "different problems" in refusal(capsys, arguments)
+    assert "not known to be about the same problems" in refusal(capsys, arguments)
+    for run in "ab":  # made without a config.json, which has the data's hash
+        path = tmp_path / run / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": None}))
+    assert "not known to be about the same problems" in refusal(capsys, arguments)
     assert f"{data}:1: not a line of a samples.jsonl" in refusal(capsys, ["--regrade", data])
     Path(data).write_text("")
     assert "0 problems with all 0 samples" in refusal(capsys, ["--regrade", data])

@@ -616,15 +616,15 @@ def test_hostile_answers_do_not_stall_a_step(tokenizer, monkeypatch):
 
 
 def test_a_batch_spends_seconds_at_most_on_what_no_screen_catches(tokenizer, monkeypatch):
-    texts = [f"\\boxed{{{i}}}" for i in range(100)]
+    texts = [f"\\boxed{{x + {i}}}" for i in range(99)] + ["\\boxed{99}", "\\boxed{099}"]
     monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, i, **_: texts[int(i[0])])
     clock = iter(range(10_000))
     monkeypatch.setattr(grpo.time, "monotonic", lambda: next(clock))  # each answer takes a second
     calls = []
     monkeypatch.setattr(grpo, "same_answer", lambda *a: calls.append(a) or False)
-    ids = torch.arange(100)[:, None]
-    _, rewards = grpo.grade(tokenizer, ids, torch.ones_like(ids).bool(), ["99"] * 100)
-    assert len(calls) == 10
+    ids = torch.arange(101)[:, None]
+    _, rewards = grpo.grade(tokenizer, ids, torch.ones_like(ids).bool(), ["99"] * 101)
+    assert len(calls) == 11 and calls[-1] == ("99", "099")  # integers are read all the same
     assert rewards[99] == 1.0  # the same text still counts
 
 
@@ -1068,6 +1068,12 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
             assert "the code was edited" in refusal(capsys, once)
         else:
             grpo.main(once)
+    monkeypatch.undo()
+    rows = Path(data).read_text()
+    Path(data).write_text("".join(reversed(rows.splitlines(keepends=True))))
+    assert "the data was edited" in refusal(capsys, once)
+    Path(data).write_text(rows)
+    grpo.main(once)
     grpo.main([*once, "--overwrite"])
     stranger = tmp_path / "stranger"
     stranger.mkdir()

@@ -310,7 +310,7 @@ def test_each_arm_draws_what_it_keeps_and_as_many(
             rate = None if weights == "uniform" else pytest.approx(np.mean(RATES))
             assert line["pass_rate"] == rate
         printed = capsys.readouterr().out
-        said = re.search(f"{5 - len(kept)} of 5 problems .*effectively {ess:.0f} ", printed)
+        said = re.search(f"{len(kept)} of 5 problems weigh; effectively {ess:.0f} ", printed)
         assert bool(said) == (weights != "uniform")
     assert drawn["fkl"] == drawn["rkl"]  # one weight path for both directions
 
@@ -399,7 +399,7 @@ def test_the_hint_of_real_models_is_a_sentence_and_its_answer_a_label(data, tmp_
     more = ["--self", "--preset", "paper", "--weights", "uniform", "--steps", "1"]
     paced.main(command(data, *more, "--out", str(tmp_path / "run")))
     assert "The answer is 50. Show how to get it: 37+8+5" in seen and "37+8+5" in seen
-    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["labels"] == 5
+    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["labels"] == 3  # in the prompts of the step
 
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -459,14 +459,17 @@ def test_without_refresh_the_rates_are_estimated_once(data, tmp_path, monkeypatc
 def test_a_frontier_that_is_used_up_ends_the_run(data, tmp_path, monkeypatch, capsys):
     rates, out = itertools.cycle([RATES, [0.0, 1.0, 1.0, 0.0, 1.0]]), tmp_path / "run"
     monkeypatch.setattr(paced, "pass_rates", lambda *args: list(next(rates)))
-    paced.main(taught(data, "--out", str(out), "--refresh-every", "2"))
-    said = capsys.readouterr()
-    assert "the frontier is used up" in said.out and "the frontier" not in said.err
-    assert f"after the last step: {out}/final" in said.out
-    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2]
-    files = [out / name / "model.safetensors" for name in ("final", "checkpoint")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert files[0].read_bytes() != Path(STUDENT, "model.safetensors").read_bytes()
+    often = ["--refresh-every", "2", "--save-every", "3"]  # no checkpoint where it ends
+    for _ in "ab":  # the same command ends again, and trains no step anew
+        paced.main(taught(data, "--out", str(out), *often))
+        said = capsys.readouterr()
+        assert "the frontier is used up" in said.out and "the frontier" not in said.err
+        assert f"after the last step: {out}/final" in said.out
+        assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2]
+        files = [out / name / "model.safetensors" for name in ("final", "checkpoint")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert files[0].read_bytes() != Path(STUDENT, "model.safetensors").read_bytes()
+        next(rates)  # of step 1
 
 
 def test_show_prints_the_weighted_kl_of_every_token(data, tmp_path, monkeypatch, capsys, rates):
