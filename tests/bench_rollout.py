@@ -5,8 +5,9 @@
                                           random weights in the shape of Qwen3-1.7B, for a GPU
 
 Both sample the full softmax at temperature 1 from the same prompts. The lengths are mixed and the
-same for both: each row draws one, at which it is made to end and before which it may not. The last
-three lines say where our time goes, with the device waited for around each part.
+same for both: each row draws one, at which it is made to end and before which it may not. On CUDA
+neither uses cuDNN's attention, which the scripts turn off. The last three lines say where our time
+goes, with the device waited for around each part.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def profile(run, model, wait):
 
 def main():
     args = parser.parse_args()
+    grpo.start_processes(args.device)
     tokenizer, model = load(args)
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     rng = np.random.default_rng(0)

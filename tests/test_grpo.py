@@ -1055,6 +1055,10 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
     grpo.main(once)
     said = refusal(capsys, [*once, "--lr", "0.5"])
     assert "lr was 0.0003" in said and "--overwrite" in said
+    memory = ["--micro-batch", "3", "--rollout-batch", "5", "--checkpointing", "1", "--steps", "2"]
+    grpo.main([*once, *memory])  # what a run needs that has met the limits of its card
+    grpo.main([*once, "--steps", "2"])
+    once = [*once, "--steps", "2"]
     source = (ROOT / "grpo.py").read_text()
     commented = source.replace("CLIP_LOW, CLIP_HIGH", "# a comment\nCLIP_LOW, CLIP_HIGH", 1)
     for text, edited in (

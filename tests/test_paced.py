@@ -448,6 +448,37 @@ def test_a_run_that_is_killed_between_two_refreshes_changes_no_bit(data, tmp_pat
             assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_rates_are_not_lost_to_a_kill(data, tmp_path, monkeypatch):
+    """They may have taken hours: the step after them ends with a checkpoint."""
+    calls, clip = [], paced.clip_grad_norm_
+
+    def deadly(*args):
+        if calls[-1] == "update":
+            raise Killed
+        calls.append("update")
+        return clip(*args)
+
+    monkeypatch.setattr(paced, "pass_rates", lambda *a: calls.append("rates") or list(RATES))
+    arguments = taught(data, "--out", str(tmp_path / "run"), "--save-every", "100")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(paced, "clip_grad_norm_", deadly)
+        paced.main(arguments)
+    paced.main(arguments)
+    assert calls == ["rates", "update"]
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("world, sizes", [(1, [4, 4, 1]), (2, [4, 5])])
+def test_rates_are_estimated_a_step_of_problems_at_a_time(world, sizes, monkeypatch):
+    """And none so small that a process would have no share."""
+    split, found = np.array_split, []
+    monkeypatch.setattr(paced, "WORLD", world)
+    monkeypatch.setattr(np, "array_split", lambda *a: found.extend(map(len, split(*a))) or [])
+    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2)
+    paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * 9, None, args)
+    assert found == sizes
+
+
 def test_without_refresh_the_rates_are_estimated_once(data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(paced, "pass_rates", lambda *a: calls.append(1) or list(RATES))
