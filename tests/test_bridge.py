@@ -694,6 +694,7 @@ def test_a_number_is_an_answer_and_prompts_need_none(tmp_path):
         (["--teacher", "./nowhere"], "nowhere"),
         (["--data", "tiny/train.jsonl"], "come together"),
         (["--val-data", "tiny/val.jsonl"], "come together"),
+        (["--skip-teacher-rl", "--arms", "all"], "name the --arms without raw-teacher"),
         (["--arms", "recepy"], "--arms"),
         (["--opd-steps", "0"], "--opd-steps must be above 0"),
         (["--opd-lr", "nan"], "--opd-lr must be above 0"),

@@ -489,6 +489,8 @@ def test_without_refresh_the_rates_are_estimated_once(data, tmp_path, monkeypatc
 
 def test_a_frontier_that_is_used_up_ends_the_run(data, tmp_path, monkeypatch, capsys):
     rates, out = itertools.cycle([RATES, [0.0, 1.0, 1.0, 0.0, 1.0]]), tmp_path / "run"
+    updates, clip = [], paced.clip_grad_norm_
+    monkeypatch.setattr(paced, "clip_grad_norm_", lambda *a: updates.append(1) or clip(*a))
     monkeypatch.setattr(paced, "pass_rates", lambda *args: list(next(rates)))
     often = ["--refresh-every", "2", "--save-every", "3"]  # no checkpoint where it ends
     for _ in "ab":  # the same command ends again, and trains no step anew
@@ -501,6 +503,7 @@ def test_a_frontier_that_is_used_up_ends_the_run(data, tmp_path, monkeypatch, ca
         assert files[0].read_bytes() == files[1].read_bytes()
         assert files[0].read_bytes() != Path(STUDENT, "model.safetensors").read_bytes()
         next(rates)  # of step 1
+    assert len(updates) == 2
 
 
 def test_show_prints_the_weighted_kl_of_every_token(data, tmp_path, monkeypatch, capsys, rates):
