@@ -496,7 +496,8 @@ def test_a_frontier_that_is_used_up_ends_the_run(data, tmp_path, monkeypatch, ca
     for _ in "ab":  # the same command ends again, and trains no step anew
         paced.main(taught(data, "--out", str(out), *often))
         said = capsys.readouterr()
-        assert "the frontier is used up" in said.out and "the frontier" not in said.err
+        assert "the frontier is used up: after step 2" in said.out
+        assert "the frontier" not in said.err
         assert f"after the last step: {out}/final" in said.out
         assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2]
         files = [out / name / "model.safetensors" for name in ("final", "checkpoint")]
