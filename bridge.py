@@ -105,8 +105,9 @@ def parse_arguments(argv):
     """The settings: by hand, else the column of SETTINGS that the student's size asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--teacher", default="tiny/teacher", help="directory or hub name")
-    parser.add_argument("--student", default="tiny/student", help="directory or hub name")
+    model = {"type": grpo.model_path, "help": "directory or hub name"}
+    parser.add_argument("--teacher", default="tiny/teacher", **model)
+    parser.add_argument("--student", default="tiny/student", **model)
     parser.add_argument("--data", help="labelled problems, JSONL [tiny/train.jsonl, paper DAPO]")
     parser.add_argument("--val-data", help="chooses best/ [tiny/val.jsonl, paper 256 of the same]")
     parser.add_argument("--test-data", nargs="+", help="[tiny/test.jsonl, paper math500 aime24 25]")
@@ -139,6 +140,8 @@ def parse_arguments(argv):
         args.prompts = args.prompts or "tiny/prompts.jsonl"
     tests = {"tiny": ["tiny/test.jsonl"], "paper": ["math500", "aime24", "aime25"]}
     args.test_data = args.test_data or tests[args.preset]
+    if len({Path(test).stem for test in args.test_data}) < len(args.test_data):
+        fail("two of --test-data have the same name: the table could not tell them apart")
     args.out = args.out or Path(time.strftime("runs/bridge-%Y%m%d-%H%M%S"))
     skip = {"1-teacher-rl": args.skip_teacher_rl, "3-student-rl": args.skip_student_rl}
     chosen = ARMS if "all" in args.arms else args.arms
@@ -183,7 +186,7 @@ def split_problems(args, tokenizer):
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
     print(f"problems: {counts}")
     if min(map(len, splits.values())) < 4:
-        fail(f"too few problems, 4 of each are needed: {counts}")
+        fail(f"too few problems, 4 of each are needed: {counts} (A and B without those of VAL)")
     return splits
 
 

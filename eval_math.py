@@ -29,6 +29,9 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
+# Before torch is there: threads that wait by spinning take the cores from every other program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import math_verify
 import numpy as np
 import torch
@@ -74,9 +77,10 @@ def fail(message):
 
 
 def model_path(path):
-    """A directory or a name of the hub; a run's own directory is neither."""
-    if Path(path, "metrics.jsonl").exists():
-        fail(f"{path} is a run, not a model: take its best/ or its final/")
+    """A model's directory, which has a config.json, or a name of the hub."""
+    config = Path(path, "config.json")
+    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+        fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
 
@@ -160,7 +164,7 @@ def read_rows(source):
     lines = fetch(source) if source in BENCHMARKS else Path(source).open("rb")
     for number, line in enumerate(lines, 1):
         try:
-            yield f"{source}:{number}", dict(json.loads(line))
+            yield f"{source}:{number}", {**json.loads(line)}
         except (ValueError, TypeError):
             fail(f"{source}:{number}: not a JSON object; mend or delete this line")
 
@@ -184,7 +188,7 @@ def load_problems(source, tokenizer, args, context):
     for where, row in read_rows(source):
         text = row.get("problem") or row.get("question") or row.get("prompt")
         if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
-            text = str(text[-1].get("content"))
+            text = str(text[-1].get("content") or "")
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
@@ -194,7 +198,7 @@ def load_problems(source, tokenizer, args, context):
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
-    return fits or fail(f"{source}: not one problem that fits a context of {context} tokens")
+    return fits or fail(f"{source}: no problem, or none that fits a context of {context} tokens")
 
 
 # --- grading --------------------------------------------------------------------------------------
@@ -234,10 +238,11 @@ def read_answers(problems):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if answer is not None), "")
-        answer = last_boxed(text) or text.rpartition("####")[2].strip()
-        if not INTEGER.fullmatch(answer) and not parse_answer(answer):
+        answer = problem["answer"] = last_boxed(text) or text.rpartition("####")[2].strip()
+        # A sentence would be read as a product of letters.
+        prose = re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.IGNORECASE)
+        if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
             fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
-        problem["answer"] = answer
 
 
 @lru_cache(maxsize=100_000)
@@ -474,7 +479,7 @@ def regrade(path, args):
     lines, changed = [], 0
     for where, line in read_rows(path):
         if not {"index", "where", "completion", "tokens", "clipped", "gold", "right"} <= {*line}:
-            fail(f"{where}: not a line of a samples.jsonl")
+            fail(f"{where}: not a line of a samples.jsonl of eval_math.py")
         lines.append(line | judge(line["gold"], line["completion"]))
         changed += lines[-1]["right"] != line["right"]
     print(f"{path}: {changed} of {len(lines)} verdicts changed")
@@ -515,6 +520,8 @@ def main(argv=None):
         fail(str(error).strip().splitlines()[0])
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --rollout-batch")
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --out goes on")
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
@@ -527,8 +534,10 @@ def evaluate(args, context):
     if tokenizer.chat_template is None:
         print(f"{args.model} has no chat template: the problem goes in as it is")
     problems = load_problems(args.data, tokenizer, args, float("inf"))  # vs grpo.py: skips none
-    if max(len(problem["ids"]) for problem in problems) + args.max_new_tokens > context:
-        fail(f"not every problem fits a context of {context} tokens: lower --max-new-tokens")
+    longest = max(problems, key=lambda problem: len(problem["ids"]))
+    room = context - len(longest["ids"])
+    if room < args.max_new_tokens:
+        fail(f"{longest['where']}: of {context} tokens it leaves {room}: lower --max-new-tokens")
     read_answers(problems)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()

@@ -29,6 +29,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+# Before torch is there: threads that wait by spinning take the cores from every other program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -82,9 +85,10 @@ def fail(message):
 
 
 def model_path(path):
-    """A directory or a name of the hub; a run's own directory is neither."""
-    if Path(path, "metrics.jsonl").exists():
-        fail(f"{path} is a run, not a model: take its best/ or its final/")
+    """A model's directory, which has a config.json, or a name of the hub."""
+    config = Path(path, "config.json")
+    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+        fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
 
@@ -167,7 +171,7 @@ def read_rows(source):
     if source.endswith(".jsonl") or Path(source).is_file():
         for number, line in enumerate(Path(source).open("rb"), 1):
             try:
-                yield f"{source}:{number}", dict(json.loads(line))
+                yield f"{source}:{number}", {**json.loads(line)}
             except (ValueError, TypeError):
                 fail(f"{source}:{number}: not a JSON object; mend or delete this line")
         return
@@ -204,7 +208,7 @@ def load_problems(source, tokenizer, args, context):
     for where, row in read_rows(source):
         text = row.get("problem") or row.get("question") or row.get("prompt")
         if isinstance(text, list) and text and isinstance(text[-1], dict):  # DAPO's chat form
-            text = str(text[-1].get("content"))
+            text = str(text[-1].get("content") or "")
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
@@ -214,7 +218,7 @@ def load_problems(source, tokenizer, args, context):
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
-    return fits or fail(f"{source}: not one problem that fits a context of {context} tokens")
+    return fits or fail(f"{source}: no problem, or none that fits a context of {context} tokens")
 
 
 # --- rollout --------------------------------------------------------------------------------------
@@ -505,6 +509,8 @@ def main(argv=None):
         fail(str(error).splitlines()[0])
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --out goes on")
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
@@ -528,10 +534,10 @@ def train(args, context):
         problems = read_rollouts(tokenizer, args, context)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
-        fail(f"{WORLD} processes, but {fewest} prompts to share a step or a validation: take fewer")
+        fail(f"{WORLD} processes share {fewest} prompts of a step or a validation: too few")
     run = (None, {"step": 0}) if args.show or RANK else open_run(args, problems + val_problems)
     out, state = gather(run)[0]
-    print(f"--out {out} goes on with this run" if out else "one rollout, no run")
+    print(f"--out {out} goes on with this run (step {state['step']})" if out else "one rollout")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
     if first_step >= args.steps and (out / "final").exists():
@@ -611,7 +617,7 @@ def train(args, context):
         optimizer.step()
         optimizer.zero_grad()
         if not np.isfinite(norm):
-            fail(f"step {step + 1}: gradient not finite; {out}/checkpoint is the last good one")
+            fail(f"step {step + 1}: gradient not finite; what {out} holds is from before")
 
         # 6 log
         counts = len(mask), int(mask.sum()), int(clipped.sum())

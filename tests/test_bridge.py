@@ -695,6 +695,8 @@ def test_a_number_is_an_answer_and_prompts_need_none(tmp_path):
         (["--data", "tiny/train.jsonl"], "come together"),
         (["--val-data", "tiny/val.jsonl"], "come together"),
         (["--skip-teacher-rl", "--arms", "all"], "name the --arms without raw-teacher"),
+        (["--test-data", "a/test.jsonl", "b/test.jsonl"], "have the same name"),
+        (["--teacher", "tests"], "tests holds no model"),
         (["--arms", "recepy"], "--arms"),
         (["--opd-steps", "0"], "--opd-steps must be above 0"),
         (["--opd-lr", "nan"], "--opd-lr must be above 0"),

@@ -501,7 +501,7 @@ def test_bad_rollouts(data, tmp_path, capsys, line, said):
     [
         (["--student", "./nowhere"], "nowhere"),
         (["--teacher", "./nowhere"], "nowhere"),
-        (["--teacher", "run"], "run is a run, not a model"),
+        (["--teacher", "run"], "run holds no model"),
         (["--samples-per-prompt", "0"], "--samples-per-prompt must be at least 1"),
         (["--lr-decay", "-1"], "--lr-decay must be at least 0"),
     ],
@@ -540,4 +540,4 @@ def test_more_processes_than_prompts_to_share(script, data, tmp_path, monkeypatc
     model = ["--model", STUDENT] if script is grpo else ["--student", STUDENT]
     rest = ["--val-data", data, "--prompts-per-step", "3", "--out", str(tmp_path / "run")]
     Path(data).write_text('{"problem": "4+5", "answer": "9"}\n' * 2)
-    assert "3 processes, but 2 prompts" in refusal(capsys, script, [*model, "--data", data, *rest])
+    assert "3 processes share 2 prompts" in refusal(capsys, script, [*model, "--data", data, *rest])

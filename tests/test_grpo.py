@@ -1036,6 +1036,10 @@ def test_bad_flags(capsys, data, tmp_path, monkeypatch, more, said):
         ('{"prompt": ["4+5"], "answer": "1"}', ":6: no problem"),
         ("\xff", ":6: not a JSON object"),
         ('{"problem": "1+1", "answer": "\\\\frac{1}{"}', ":6: no answer"),
+        ('{"problem": "1+1", "answer": "The sum is 2."}', ":6: no answer"),
+        ('{"problem": "1+1", "answer": "Answer: 2"}', ":6: no answer"),
+        ('{"prompt": [{"role": "user"}], "answer": "1"}', ":6: no problem"),
+        ('[["problem", "1+1"], ["answer", "2"]]', ":6: not a JSON object"),
     ],
 )
 def test_bad_lines(capsys, data, line, said):
@@ -1091,7 +1095,18 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
         said = refusal(capsys, command(data, "--out", str(model), *more))
         assert "give another --out" in said
     assert (model / "model.safetensors").exists()
-    assert "take its best/ or its final/" in refusal(capsys, command(data, "--model", str(out)))
+    for no_model in (out, tmp_path, ROOT / "tiny"):
+        said = refusal(capsys, command(data, "--model", str(no_model)))
+        assert "holds no model; of a run take its best/ or its final/" in said
+
+
+def test_ctrl_c_is_one_line(capsys, data, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "grade", stopped)
+    said = refusal(capsys, command(data, "--out", str(tmp_path / "run")))
+    assert said == "grpo.py: stopped; the same command with --out goes on"
 
 
 def test_memory_that_runs_out_is_told_in_a_line(capsys, data, tmp_path, monkeypatch):

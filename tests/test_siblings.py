@@ -107,6 +107,13 @@ def test_constants_are_the_same(name):
     assert len({re.search(rf"^{name} = .*$", text, re.MULTILINE)[0] for text in texts}) == 1
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval_math.py"])
+def test_threads_are_told_to_wait_before_torch_starts_them(script):
+    """Beside another program on its cores a step would take fifty times as long."""
+    before, _, after = (ROOT / script).read_text().partition('"OMP_WAIT_POLICY", "PASSIVE"')
+    assert "import torch\n" in after and not re.search("^(import|from) (torch|numpy)", before, re.M)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_writes_its_gradient_over_the_logits(script):
     calls = re.findall(r"= (?:softmax_kl|token_logprob)\(.*", (ROOT / script).read_text())
