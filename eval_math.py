@@ -353,7 +353,8 @@ def write_whole(path, content):
 def open_run(args, model, problems):
     """The directory of the run, made or reopened, its config, and the samples that it holds."""
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    asked = ("out", "k", "plot", "regrade", "compare")  # what no sample depends on
+    # What no sample depends on (but for rounding, on the last).
+    asked = ("out", "k", "plot", "regrade", "compare", "rollout_batch")
     config = {"settings": {k: v for k, v in vars(args).items() if k not in asked}}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
     # Training moves the first values of a tensor, and a template shows in the first prompt.

@@ -397,7 +397,8 @@ def load_teacher(student, tokenizer, args):
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype).to(args.device)
     if teacher.generation_config.eos_token_id is None:
         teacher.generation_config.eos_token_id = tokenizer.eos_token_id
-    if teacher.generation_config.eos_token_id != student.generation_config.eos_token_id:
+    ends = [torch.tensor(m.generation_config.eos_token_id).view(-1) for m in (teacher, student)]
+    if not torch.equal(*ends):
         print("warning: teacher and student end a text with different tokens")
     width = min(student.config.vocab_size, teacher.config.vocab_size)
     for model, name in ((student, args.student), (teacher, args.teacher)):

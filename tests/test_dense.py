@@ -474,6 +474,10 @@ def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
     opd.main(command(data, *more))
     out = capsys.readouterr().out
     assert "different chat templates" in out and "end a text with different tokens" in out
+    ends = AutoModelForCausalLM.from_pretrained(STUDENT).generation_config.eos_token_id
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [ends]}))
+    opd.main(command(data, *more, "--overwrite"))
+    assert "end a text with different tokens" not in capsys.readouterr().out  # a list of the same
 
 
 @pytest.mark.parametrize(

@@ -553,6 +553,16 @@ def test_sigkill_at_a_random_moment_changes_no_byte(tmp_path, data):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_an_evaluation_goes_on_with_smaller_batches(tmp_path, data):
+    """As one must after it ran out of memory."""
+    path, arguments = tmp_path / "run/samples.jsonl", command(data, "--out", str(tmp_path / "run"))
+    eval_math.main(arguments)
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:7]))
+    eval_math.main([*arguments, "--rollout-batch", "4"])
+    assert path.read_text() == whole
+
+
 def test_regrade_needs_no_model_and_says_the_same(tmp_path, data, monkeypatch, capsys):
     out = tmp_path / "run"
     eval_math.main(command(data, "--out", str(out)))
