@@ -405,7 +405,7 @@ def measure(samples, ks):
     """The numbers of one problem; the first of its samples is the greedy one."""
     greedy, *drawn = samples
     n, c = len(drawn), sum(sample["right"] for sample in drawn)
-    votes = {}  # for wrong answers: of those that are equal, as either reads the other, the first
+    votes = {}  # for wrong answers; of equal ones, whichever reads the other, the first gets all
     for answer in (s["answer"] for s in drawn if not s["right"] and s["answer"] is not None):
         same = (v for v in votes if same_answer(v, answer) or same_answer(answer, v))
         first = next(same, answer)
