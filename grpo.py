@@ -266,8 +266,8 @@ def read_answers(problems):
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if answer is not None), "")
         answer = problem["answer"] = last_boxed(text) or text.rpartition("####")[2].strip()
-        # A sentence would be read as a product of letters.
-        prose = re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.IGNORECASE)
+        # A sentence would be read as a product of letters; what stands in a box is meant.
+        prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
             fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
 

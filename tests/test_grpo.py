@@ -643,6 +643,7 @@ def load(tokenizer, path, labelled=True):
         ({"question": "4+5", "answer": "4+5=9\n#### 9"}, "4+5", "9"),
         ({"prompt": "4+5", "solution": "so \\boxed{\\frac{1}{2}}"}, "4+5", "\\frac{1}{2}"),
         ({"problem": "4+5", "ground_truth": "9"}, "4+5", "9"),
+        ({"problem": "4+5", "solution": "\\boxed{x is odd}"}, "4+5", "x is odd"),
         ({"problem": "4+5", "answer": None, "solution": "\\boxed{9}"}, "4+5", "9"),
         (
             {
