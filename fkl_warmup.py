@@ -29,8 +29,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-# Before torch is there: threads that wait by spinning take the cores from every other program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is there: threads that wait spin only briefly, not while another program has a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch

@@ -34,8 +34,8 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Before torch is there: threads that wait by spinning take the cores from every other program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is there: threads that wait spin only briefly, not while another program has a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import math_verify
 import numpy as np
