@@ -19,19 +19,20 @@ a few numbers per row, and computes everything else again, a few rows at a time.
 import torch
 
 CHUNK = 1 << 17  # logits at once, at least a row: bounds the memory, and stays in the cache
+# Divisions by S wait until a row's numbers are summed or final: a pass over the logits less each.
 
 
 def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
-    """Writes KL, max z_p, log S_p, max z_q, log S_q of each row (rows, V) whose mask is not 0."""
+    """Writes KL, max z_p, S_p, max z_q, S_q of each row (rows, V) whose mask is not 0."""
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(mask, student):
         x_p, p_max = centred(p, rows, temperature)
         x_q, q_max = centred(q, rows, temperature)
-        p_exp = x_p.exp()
-        _, d_sum = weighted(p_exp, x_p.sub_(x_q))
+        d = x_p - x_q
+        p_exp = x_p.exp_()
         p_sum, q_sum = p_exp.sum(-1, keepdim=True), x_q.exp_().sum(-1, keepdim=True)
-        kl[rows] = (d_sum / p_sum - (p_sum.log() - q_sum.log()))[:, 0]
-        lse[rows] = torch.cat([p_max, p_sum.log(), q_max, q_sum.log()], -1)
+        kl[rows] = (weigh(d, p_exp) / p_sum - (p_sum / q_sum).log())[:, 0]
+        lse[rows] = torch.cat([p_max, p_sum, q_max, q_sum], -1)
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
@@ -39,28 +40,28 @@ def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, tempera
     grad.index_fill_(0, (scale == 0).nonzero()[:, 0], 0)
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(scale != 0, student):
-        p_max, p_log, q_max, q_log = lse[rows].split(1, -1)
+        p_max, p_sum, q_max, q_sum = lse[rows].split(1, -1)
         x_p, _ = centred(p, rows, temperature, p_max)
         x_q, _ = centred(q, rows, temperature, q_max)
         if direction == "reverse":
-            x = (x_p - x_q).sub_(p_log - q_log).sub_(kl[rows, None])
-            s = x_p.sub_(p_log).exp_()
-            dz, _ = weighted(s, x)
+            dz = (x_p - x_q).sub_((p_sum / q_sum).log() + kl[rows, None])
+            s_exp, s_sum = x_p.exp_(), p_sum
+            weigh(dz, s_exp)
         else:
-            s = x_q.sub_(q_log).exp_()
-            dz = s - x_p.sub_(p_log).exp_()
-        grad[rows] = balanced(dz, s).mul_(scale[rows, None]).to(grad.dtype)
+            s_exp, s_sum = x_q.exp_(), q_sum
+            dz = s_exp.addcmul(x_p.exp_(), q_sum / p_sum, value=-1)
+        grad[rows] = balanced(dz, s_exp, s_sum, scale[rows, None]).to(grad.dtype)
 
 
 def logprob_forward(logp, entropy, lse, logits, ids, temperature):
-    """Writes log p[id], the entropy, and max z and log S of each row of logits (rows, V)."""
+    """Writes log p[id], the entropy, and max z and S of each row of logits (rows, V)."""
     for rows in chunks(torch.ones_like(ids, dtype=torch.bool), logits):
         x, z_max = centred(logits, rows, temperature)
-        x_exp = x.exp()
-        x_id, total = x.gather(-1, ids[rows, None]), x_exp.sum(-1, keepdim=True)
-        logp[rows] = (x_id - total.log())[:, 0]
-        entropy[rows] = (total.log() - weighted(x_exp, x)[1] / total)[:, 0]
-        lse[rows, :2] = torch.cat([z_max, total.log()], -1)
+        x_exp, x_id = x.exp(), x.gather(-1, ids[rows, None])
+        x_sum = x_exp.sum(-1, keepdim=True)
+        logp[rows] = (x_id - x_sum.log())[:, 0]
+        entropy[rows] = (x_sum.log() - weigh(x, x_exp) / x_sum)[:, 0]
+        lse[rows, :2] = torch.cat([z_max, x_sum], -1)
 
 
 def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, temperature):
@@ -68,13 +69,14 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, t
     live = (g_logp != 0) | (g_entropy != 0)
     grad.index_fill_(0, (~live).nonzero()[:, 0], 0)
     for rows in chunks(live, logits):
-        z_max, log_sum = lse[rows, :2].split(1, -1)
-        log_p = centred(logits, rows, temperature, z_max)[0].sub_(log_sum)
-        p, g_one = log_p.exp(), g_logp[rows, None]
-        x = log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_one)
-        dz, _ = weighted(p, x)
-        dz = balanced(dz.scatter_add_(-1, ids[rows, None], g_one), p)
-        grad[rows] = dz.to(grad.dtype)
+        z_max, x_sum = lse[rows, :2].split(1, -1)
+        one, h = g_logp[rows, None], g_entropy[rows, None]
+        x, _ = centred(logits, rows, temperature, z_max)
+        dz = torch.addcmul(h * (x_sum.log() - entropy[rows, None]) - one, x, h, value=-1)
+        x_exp = x.exp_()
+        weigh(dz, x_exp)
+        dz.scatter_add_(-1, ids[rows, None], one * x_sum)
+        grad[rows] = balanced(dz, x_exp, x_sum, 1).to(grad.dtype)
 
 
 def centred(logits, rows, temperature, z_max=None):
@@ -86,19 +88,21 @@ def centred(logits, rows, temperature, z_max=None):
     return (x if temperature == 1 else x.div_(temperature)), z_max
 
 
-def weighted(p, x):
-    """p · x and its sum a row; 0 where p is 0 and x infinite, a guard so slow that it waits."""
-    product = p * x
-    total = product.sum(-1, keepdim=True)
-    if total.isnan().any():
-        product = p * x.masked_fill(p == 0, 0)
-        total = product.sum(-1, keepdim=True)
-    return product, total
+def weigh(x, p):
+    """x becomes p · x, whose sum a row it returns; 0 where p is 0 and x infinite."""
+    total = x.mul_(p).sum(-1, keepdim=True)
+    if total.isnan().any():  # such an x is rare, and looking for it slow
+        total = x.masked_fill_(p == 0, 0).sum(-1, keepdim=True)
+    return total
 
 
-def balanced(dz, p):
-    """A row of the gradient sums to 0. Where p is almost 1, its rounding is most of that sum."""
-    return dz.addcmul_(p, dz.sum(-1, keepdim=True), value=-1)
+def balanced(dz, s_exp, s_sum, scale):
+    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax.
+
+    A row of the gradient sums to 0. Where s is almost 1, its rounding is most of that sum.
+    """
+    dz.addcmul_(s_exp, dz.sum(-1, keepdim=True) / s_sum, value=-1)
+    return dz.mul_(scale / s_sum)
 
 
 def chunks(live, logits):

@@ -216,11 +216,14 @@ def test_kl_of_equals(direction, device):
     assert (kl.abs() <= 3e-6).all() and (student.grad.abs() <= 1e-6).all()
 
 
-def test_reverse_kl_of_neighbours(device):
-    """The closer the two, the smaller the gradient, and as exact as any other."""
-    student = 3 * torch.randn(8, V, device=device)
-    teacher = student + 0.01 * torch.randn(8, V, device=device)
-    check_kl(student.requires_grad_(), teacher, "reverse")
+@both_directions
+def test_kl_of_neighbours(direction, device):
+    """The closer the two, the smaller the gradient, and almost as exact as any other."""
+    student = 3 * torch.randn(64, V, device=device)
+    teacher = student + 0.03 * torch.randn(64, V, device=device)
+    triton = INTERPRETED or device == "cuda"  # balances a row only where one token has most of it
+    tolerance = 1e-4 if triton and direction == "forward" else 5e-6
+    check_kl(student.requires_grad_(), teacher, direction, tolerance=tolerance)
 
 
 @both_directions
