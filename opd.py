@@ -216,6 +216,8 @@ def load_problems(source, tokenizer, args, context):
         if not text or not isinstance(text, str):
             fail(f"{where}: no problem (nor question, nor prompt)")
         prompt, ids = render(text, tokenizer, args)
+        if not ids:  # transformers makes an empty tokenizer where there are no files of one
+            fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):

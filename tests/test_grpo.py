@@ -1100,6 +1100,10 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
     for no_model in (out, tmp_path, ROOT / "tiny"):
         said = refusal(capsys, command(data, "--model", str(no_model)))
         assert "holds no model; of a run take its best/ or its final/" in said
+    for file in model.glob("*token*"):
+        file.unlink()
+    said = refusal(capsys, command(data, "--model", str(model)))
+    assert "has the model's directory its tokenizer?" in said
 
 
 def test_ctrl_c_is_one_line(capsys, data, tmp_path, monkeypatch):
