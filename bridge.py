@@ -226,12 +226,12 @@ def place(args, name, script, flags):
 
 def launch(command):
     """Runs a command, whose output goes where ours goes; its exit status."""
-    with subprocess.Popen(command, close_fds=False) as process:  # it holds the lock, too
-        try:
-            return process.wait()
-        finally:
-            process.terminate()  # where it has not ended because we are stopped
-            process.wait()  # else it would outlive us, if only by a moment
+    process = subprocess.Popen(command, close_fds=False)  # it holds the lock, too
+    try:
+        return process.wait()
+    finally:
+        process.terminate()  # where it has not ended because we are stopped
+        process.wait()  # else it would outlive us, if only by a moment
 
 
 def run_all(args, splits):

@@ -204,6 +204,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- grading --------------------------------------------------------------------------------------
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a verdict, not an event
 ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
@@ -510,7 +511,6 @@ def compare(one, other):
 
 # --- main -----------------------------------------------------------------------------------------
 def main(argv=None):
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a verdict, not an event
     try:
         args, context = parse_arguments(argv)
         if args.compare:

@@ -430,8 +430,6 @@ def load_teacher(student, tokenizer, args):
 def open_run(args, problems):
     """The directory of the run, made or reopened, and the state to go on from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
-    while args.out is None and out.exists():  # two runs in one second
-        out = out.with_name(out.name + "b")
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
@@ -453,15 +451,14 @@ def open_run(args, problems):
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs in a second
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.with_suffix(".new").replace(path)
     for old in out.glob("*.old"):  # killed between the two renames of save()
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
-    state = {"step": 0, "best": None, "bytes": {}}
-    if state_path.exists():
-        state = json.loads(state_path.read_text(encoding="utf-8"))
+    fresh = {"step": 0, "best": None, "bytes": {}}
+    state = json.loads(state_path.read_text()) if state_path.exists() else fresh
     if state["step"] < args.steps:  # of a run that is extended: not its end any more
         shutil.rmtree(out / "final", ignore_errors=True)
     for path in out.glob("*.jsonl"):  # cut back to the checkpoint
@@ -469,11 +466,9 @@ def open_run(args, problems):
     return out, state
 
 
-def save(path, model, tokenizer, optimizer=None, state=None):
+def save(path, model, tokenizer, optimizer=(), state=None):
     """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
-    weights, moments = state_dict.get_model_state_dict(model, options=WHOLE), None
-    if optimizer:
-        moments = state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    weights, moments = state_dict.get_state_dict(model, optimizer, options=WHOLE)
     if RANK:
         return
     if model.config.tie_word_embeddings:  # FSDP2 gathers both names of one weight
@@ -500,8 +495,8 @@ def save(path, model, tokenizer, optimizer=None, state=None):
 def show(tokenizer, completion_ids, signal, name):
     """A line for each token of one completion: its learning signal, in colour on a terminal."""
     print(f"{name:>10}  token")
-    for token, value in zip(completion_ids.tolist(), signal.tolist(), strict=True):
-        line = f"{value:+10.3f}  {tokenizer.decode([token])!r}"
+    for token, value in zip(completion_ids, signal.expand_as(completion_ids), strict=True):
+        line = f"{value:+10.3f}  {tokenizer.decode([int(token)])!r}"
         print(f"\033[{32 if value > 0 else 31}m{line}\033[0m" if sys.stdout.isatty() else line)
 
 
@@ -525,13 +520,13 @@ def train(args, context):
     start_processes(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     if tokenizer.chat_template is None:
-        print(f"{args.student} has no chat template: the problem goes in as it is")
+        print(f"{tokenizer.name_or_path} has no chat template: the problem goes in as it is")
     problems = load_problems(args.data, tokenizer, args, context)
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        val_problems = problems[::10][:256]
-        problems = [p for i, p in enumerate(problems) if i % 10 or i >= 2560]
+        val_problems = problems[:2560:10]
+        del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     if args.rollouts:
         problems = read_rollouts(tokenizer, args, context)
@@ -561,8 +556,7 @@ def train(args, context):
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
-        path = out / "checkpoint/optimizer.pt"
-        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        moments = torch.load(out / "checkpoint/optimizer.pt", weights_only=True, mmap=True)
         state_dict.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
         for own in optimizer.state.values():  # copies, so that the mapped file can go
             own.update({key: value.clone() for key, value in own.items()})
@@ -627,7 +621,7 @@ def train(args, context):
         n_rows, tokens, cut, kl = total(*counts, kl_sum)
         seconds = time.monotonic() - began
         line = dict(
-            step=step + 1, length=tokens / n_rows, clipped=cut / n_rows,
+            length=tokens / n_rows, clipped=cut / n_rows,
             grad_norm=norm, lr=lr, tokens=tokens, seconds=seconds, val=None,
             reward=None, pass_rate=None, kl=kl / tokens, entropy=None, zero_variance=None, labels=0,
         )  # fmt: skip

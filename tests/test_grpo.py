@@ -603,6 +603,14 @@ def test_same_answer(gold, answer, same):
     assert grpo.same_answer(gold, answer) is same
 
 
+@pytest.mark.parametrize("script", ["grpo", "paced", "eval_math"])
+def test_an_answer_that_takes_too_long_is_wrong_and_nothing_is_printed(script):
+    code = f"import {script}; assert not {script}.same_answer('5', '(x+y+z)^{{300}}')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_hostile_answers_do_not_stall_a_step(tokenizer, monkeypatch):
     towers = [f"9^{{9^{{9^{{{i}}}}}}}" for i in range(30)] + [f"{i}{i}99999!" for i in range(30)]
     towers += [f"(10^{{999}})^{{99{i}}}" for i in range(30)] + ["1" * 10**6, "{" * 10**5]
@@ -782,13 +790,12 @@ def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith(f"--out runs/{run.name} goes on")
 
 
-def test_two_runs_in_one_second_do_not_meet(tmp_path, data, monkeypatch):
+def test_two_runs_in_one_second_do_not_meet(tmp_path, data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(grpo.time, "strftime", lambda form: "runs/grpo-20261121-140305")
-    for _ in range(3):
-        grpo.main(command(data, "--steps", "1"))
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == [f"grpo-20261121-140305{b}" for b in ("", "b", "bb")]
+    grpo.main(command(data, "--steps", "1"))
+    assert "File exists" in refusal(capsys, command(data, "--steps", "1"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["grpo-20261121-140305"]
 
 
 def test_help_names_every_flag_and_both_presets(capsys):
