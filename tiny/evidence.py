@@ -278,7 +278,7 @@ def draw(seeds, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(18, 24))
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(24, 30))
     parser.add_argument("--tune", action="store_true", help="every arm at each rate of the grid")
     parser.add_argument("--jobs", type=int, default=2, help="arms side by side, of different seeds")
     args = parser.parse_args(argv)
