@@ -477,6 +477,22 @@ def test_what_stands_beside_the_data_is_no_reason_to_run_anew(tmp_path, monkeypa
     assert bridge.place(args, "2b-opd", "opd.py", flags) == tmp_path / "2b-opd@2"
 
 
+def test_edited_kernels_and_another_model_run_anew(tmp_path, monkeypatch):
+    for name in ("bridge.py", "opd.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    model = shutil.copytree(ROOT / "tiny/student", tmp_path / "model")
+    monkeypatch.setattr(bridge, "__file__", str(tmp_path / "bridge.py"))
+    args, flags = types.SimpleNamespace(out=tmp_path), {"--student": str(model)}
+    places = [bridge.place(args, "2b-opd", "opd.py", flags)]
+    with (tmp_path / "kernels/reference.py").open("a") as kernel:
+        kernel.write("CHUNK = 1\n")
+    places.append(bridge.place(args, "2b-opd", "opd.py", flags))
+    shutil.copy(ROOT / "tiny/teacher/model.safetensors", model)
+    places.append(bridge.place(args, "2b-opd", "opd.py", flags))
+    assert places == [tmp_path / name for name in ("2b-opd", "2b-opd@2", "2b-opd@3")]
+
+
 def test_other_data_run_anew(whole, again, capsys):
     flags, launched = again
     train = whole[0].parent / "train.jsonl"

@@ -212,7 +212,7 @@ def test_a_wider_head_is_cut_with_a_notice(script, which, data, tmp_path, capsys
     assert kls[0] == pytest.approx(kls[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("script", [fkl_warmup, opd])
+@pytest.mark.parametrize("script", [fkl_warmup, opd, paced])
 def test_one_micro_batch_of_logits_of_each_model_at_most(script, data, tmp_path, monkeypatch):
     alive, most, score = weakref.WeakSet(), [], script.score
 
@@ -224,7 +224,8 @@ def test_one_micro_batch_of_logits_of_each_model_at_most(script, data, tmp_path,
         return logits
 
     monkeypatch.setattr(script, "score", spy)
-    script.main(command(data, "--out", str(tmp_path / "run"), "--micro-batch", "1"))
+    more = ["--weights", "uniform"] if script is paced else []
+    script.main(command(data, "--out", str(tmp_path / "run"), "--micro-batch", "1", *more))
     assert max(most) == 1  # the teacher's, while the student is scored
 
 

@@ -1085,6 +1085,10 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
             assert "the code was edited" in refusal(capsys, once)
         else:
             grpo.main(once)
+    (tmp_path / "grpo.py").write_text(commented)
+    with (tmp_path / "kernels/reference.py").open("a") as kernel:
+        kernel.write("CHUNK = 1\n")
+    assert "the code was edited" in refusal(capsys, once)
     monkeypatch.undo()
     rows = Path(data).read_text()
     Path(data).write_text("".join(reversed(rows.splitlines(keepends=True))))

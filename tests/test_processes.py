@@ -49,6 +49,12 @@ def fixed_grade(tokenizer, completion_ids, mask, golds):
     return [tokenizer.decode(ids[keep]) for ids, keep in zip(completion_ids, mask)], rewards  # noqa: B905
 
 
+def uneven_grade(tokenizer, completion_ids, mask, golds):
+    """Of the eight of a problem from one to seven are right: rates, and so weights, differ."""
+    texts, _ = fixed_grade(tokenizer, completion_ids, mask, golds)
+    return texts, [float(i % 8 < 1 + int(gold) % 7) for i, gold in enumerate(golds)]
+
+
 def run_fixed(name, arguments, gradients, fault=""):
     """A script's main on fixed rollouts; the whole gradient of every update into a file."""
     script, found = importlib.import_module(name), []
@@ -67,7 +73,8 @@ def run_fixed(name, arguments, gradients, fault=""):
         return fixed_rollout(*args)
 
     originals = {key: getattr(script, key, None) for key in ("rollout", "grade", "clip_grad_norm_")}
-    script.rollout, script.grade, script.clip_grad_norm_ = rollout, fixed_grade, spy
+    script.rollout, script.clip_grad_norm_ = rollout, spy
+    script.grade = uneven_grade if name == "paced" else fixed_grade
     if fault == "no data" and RANK == 1:
         arguments = [*arguments, "--data", "gone.jsonl"]
     try:

@@ -117,4 +117,6 @@ def test_threads_are_told_how_to_wait_before_torch_starts_them(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_writes_its_gradient_over_the_logits(script):
     calls = re.findall(r"= (?:softmax_kl|token_logprob)\(.*", (ROOT / script).read_text())
-    assert any("inplace_backward=True" in call for call in calls)
+    for call in calls:
+        of_the_gradient = "teacher_logits" not in call and "keep)" not in call
+        assert ("inplace_backward=True" in call) == of_the_gradient, call
