@@ -4,6 +4,7 @@ import json
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,20 +17,12 @@ import paced
 
 ROOT = Path(__file__).parent.parent
 STUDENT, TEACHER = str(ROOT / "tiny/student"), str(ROOT / "tiny/teacher")
+PAIR = ["--student", STUDENT, "--teacher", TEACHER]
 MODELS = {
     grpo: ["--model", TEACHER],
-    fkl_warmup: ["--student", STUDENT, "--teacher", TEACHER],
-    opd: ["--student", STUDENT, "--teacher", TEACHER],
-    paced: [
-        "--student",
-        STUDENT,
-        "--teacher",
-        TEACHER,
-        "--weights",
-        "uniform",
-        "--schedule",
-        "rkl",
-    ],
+    fkl_warmup: PAIR,
+    opd: PAIR,
+    paced: [*PAIR, *"--weights uniform --schedule rkl".split()],
 }
 every_script = pytest.mark.parametrize("script", MODELS, ids=lambda script: script.__name__)
 dense_scripts = pytest.mark.parametrize("script", [fkl_warmup, opd, paced])
@@ -185,7 +178,7 @@ def test_padding_may_be_the_end_token():
     prompts = [tokenizer("<|user|>4+5<|end|>")["input_ids"]]
     for padding in (0, tokenizer.eos_token_id):
         model.generation_config.pad_token_id = model.config.pad_token_id = padding
-        drawn.append(grpo.rollout(model, prompts, 8, grpo.np.random.default_rng(0), args))
+        drawn.append(grpo.rollout(model, prompts, 8, np.random.default_rng(0), args))
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
     ids, mask, clipped = drawn[1]
     ends = [int(row[keep][-1]) for row, keep in zip(ids[~clipped], mask[~clipped], strict=True)]
