@@ -1,6 +1,6 @@
 """The fused softmax-KL and the token log-probability, forward and backward: what scripts import.
 
-reference.py defines both in plain torch and serves the CPU; softmax_kl.py and logprob.py are the
+reference.py defines both in plain torch and serves the CPU; softmax_kl.py and logprob.py run the
 Triton kernels and serve CUDA. What the two share is here: the checks and the tie to autograd.
 """
 
@@ -18,7 +18,6 @@ try:
 except ImportError:  # no Triton, as on macOS
     triton_logprob = triton_kl = reference
 
-__all__ = ["softmax_kl", "token_logprob"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; Triton read it just now, too
 
 

@@ -1,8 +1,10 @@
-"""The Triton kernels of softmax_kl: a program per token, one pass over its logits each way.
+"""The Triton kernels: a program per token, one pass over its logits each way.
 
 reference.py defines what they compute and has the mathematics of the online form, in the same
 letters. Only the base differs. It is 2, since exp2 is one instruction on the GPU and exp is five,
 enough for the forward to wait for arithmetic and not for memory.
+
+They serve token_logprob (logprob.py), too: where every log q is 0, KL is −H, and needs no q.
 """
 
 import math
@@ -17,15 +19,15 @@ LOG2E, LN2 = math.log2(math.e), tl.constexpr(math.log(2))
 def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     sizes = p.shape[1], p.stride(0), q.stride(0)
-    settings = *sizes, LOG2E / temperature, BLOCK, lane_width(sizes)
+    settings = *sizes, LOG2E / temperature, True, BLOCK, lane_width(sizes)
     forward_kernel[(len(kl),)](kl, lse, p, q, mask, *settings, num_warps=16)
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     sizes = p.shape[1], grad.stride(0), p.stride(0), q.stride(0)
-    settings = *sizes, LOG2E / temperature, direction == "reverse", BLOCK
-    backward_kernel[(len(kl),)](grad, scale, p, q, kl, lse, *settings, num_warps=16)
+    settings = *sizes, LOG2E / temperature, direction, BLOCK
+    backward_kernel[(len(kl),)](grad, scale, kl, lse, p, q, kl, mask, *settings, num_warps=16)
 
 
 def lane_width(sizes):
@@ -34,18 +36,17 @@ def lane_width(sizes):
 
 
 @triton.jit
-def moved(p_sum, q_sum, d_sum, p_delta, q_delta, beta):
+def moved(p_sum, d_sum, p_delta, q_delta, beta):
     """The sums of a lane after its maxima have grown by so much."""
     scale = tl.exp2(-p_delta * beta)
     # where: a probability of 0 counts for nothing, even against an infinite difference.
-    d_sum = tl.where(scale == 0, 0.0, (d_sum + p_sum * (q_delta - p_delta)) * scale)
-    return p_sum * scale, q_sum * tl.exp2(-q_delta * beta), d_sum
+    return p_sum * scale, tl.where(scale == 0, 0.0, (d_sum + p_sum * (q_delta - p_delta)) * scale)
 
 
 @triton.jit
 def forward_kernel(
     kl_ptr, lse_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr
+    HAS_Q: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
     if tl.load(mask_ptr + row) == 0:
@@ -53,22 +54,26 @@ def forward_kernel(
     # A lane of logits has maxima and sums of its own until the end: no thread waits for another.
     lane, zero = tl.arange(0, BLOCK // WIDTH), tl.zeros([BLOCK // WIDTH], tl.float32)
     p_max, q_max = zero - 1e30, zero - 1e30  # not −inf: −inf − (−inf) is no number
-    p_sum, q_sum, d_sum = zero, zero, zero
+    p_sum, q_sum, d_sum, q_delta = zero, zero, zero, zero
     for start in range(0, V, BLOCK):
         v = start + WIDTH * lane[:, None] + tl.arange(0, WIDTH)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        p_old, q_old = p_max, q_max
-        p_max, q_max = tl.maximum(p_old, tl.max(p, 1)), tl.maximum(q_old, tl.max(q, 1))
-        p_sum, q_sum, d_sum = moved(p_sum, q_sum, d_sum, p_max - p_old, q_max - q_old, beta)
-        p, q = p - p_max[:, None], q - q_max[:, None]
-        p_exp = tl.exp2(p * beta)
-        d_sum += tl.sum(p_exp * tl.where(p_exp == 0, 0.0, p - q), 1)
+        p_old, p_max = p_max, tl.maximum(p_max, tl.max(p, 1))
+        p -= p_max[:, None]
+        p_exp, d = tl.exp2(p * beta), p
+        if HAS_Q:
+            q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            q_old, q_max = q_max, tl.maximum(q_max, tl.max(q, 1))
+            q -= q_max[:, None]
+            d, q_delta = p - q, q_max - q_old
+            q_sum = q_sum * tl.exp2(-q_delta * beta) + tl.sum(tl.exp2(q * beta), 1)
+        p_sum, d_sum = moved(p_sum, d_sum, p_max - p_old, q_delta, beta)
         p_sum += tl.sum(p_exp, 1)
-        q_sum += tl.sum(tl.exp2(q * beta), 1)
+        d_sum += tl.sum(p_exp * tl.where(p_exp == 0, 0.0, d), 1)
     p_top, q_top = tl.max(p_max, 0), tl.max(q_max, 0)
-    p_sum, q_sum, d_sum = moved(p_sum, q_sum, d_sum, p_top - p_max, q_top - q_max, beta)
-    p_total, p_log, q_log = tl.sum(p_sum, 0), tl.log2(tl.sum(p_sum, 0)), tl.log2(tl.sum(q_sum, 0))
+    p_sum, d_sum = moved(p_sum, d_sum, p_top - p_max, q_top - q_max, beta)
+    p_total, q_total = tl.sum(p_sum, 0), tl.sum(q_sum * tl.exp2((q_max - q_top) * beta), 0)
+    p_log, q_log = tl.log2(p_total), tl.log2(q_total) if HAS_Q else 0.0
     tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total * beta - (p_log - q_log)) * LN2)
     # Each log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
     tl.store(lse_ptr + 4 * row, p_top)
@@ -79,27 +84,38 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, scale_ptr, p_ptr, q_ptr, kl_ptr, lse_ptr, V, grad_stride, p_stride, q_stride,
-    beta, of_p: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr, scale_ptr, kl_ptr, lse_ptr, p_ptr, q_ptr, g_ptr, ids_ptr, V, grad_stride, p_stride,
+    q_stride, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale, kl = tl.load(scale_ptr + row), tl.load(kl_ptr + row)
     p_max, p_log = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
     q_max, q_log = tl.load(lse_ptr + 4 * row + 2), tl.load(lse_ptr + 4 * row + 3)
-    end = tl.where(scale == 0, 0, V)  # a row of scale 0 is not read
+    dead, g, token = scale == 0, 0.0, -1
+    if KIND == "logprob":  # scale is that of −H, g that of log p[id]
+        g, token = tl.load(g_ptr + row), tl.load(ids_ptr + row)
+        dead = dead & (g == 0)
+    end = tl.where(dead, 0, V)  # such a row is not read
     top, rest = tl.full([BLOCK], V, tl.int32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
-        q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
-        p, q = p - p_max, q - q_max
-        x = ((p - q) * beta - (p_log - q_log)) * LN2 - kl  # log p − log q would lose digits
-        p, q = tl.exp2(p * beta - p_log), tl.exp2(q * beta - q_log)
-        dz = tl.where(p == 0, 0.0, p * x) if of_p else q - p
-        dz = tl.where(scale == 0, 0.0, scale * dz)
+        p -= p_max
+        x = p * beta - p_log  # log p, or log p − log q
+        if KIND != "logprob":
+            q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=float("-inf"))
+            q = q.to(tl.float32) - q_max
+            x = (p - q) * beta - (p_log - q_log)  # a difference of logarithms would lose digits
+        if KIND == "forward":
+            s = tl.exp2(q * beta - q_log)  # the student's probability
+            dz = scale * (s - tl.exp2(p * beta - p_log))
+        else:
+            s = tl.exp2(p * beta - p_log)
+            dz = tl.where(s == 0, 0.0, s * (scale * (x * LN2 - kl) - g))
+            dz += tl.where(v == token, g, 0.0)
+        dz = tl.where(dead, 0.0, dz)
         tl.store(grad_ptr + row * grad_stride + v, dz, mask=v < V)
-        is_top = (p if of_p else q) > 0.75
-        top, rest = tl.where(is_top, v, top), rest + tl.where(is_top, 0.0, dz)
+        top, rest = tl.where(s > 0.75, v, top), rest + tl.where(s > 0.75, 0.0, dz)
     # A row sums to 0. Where the probability is almost 1, dz is mostly rounding, and this is not.
     place = grad_ptr + row * grad_stride + tl.min(top, 0)
     tl.debug_barrier()  # some other thread has written there

@@ -566,26 +566,28 @@ def test_triton_kernels_in_the_interpreter():
 
 
 # The parameters of a kernel that are no fp32 pointers, and what they are.
-KINDS = dict.fromkeys(["p_ptr", "q_ptr", "z_ptr", "grad_ptr"], "*bf16") | {
+KINDS = dict.fromkeys(["p_ptr", "q_ptr", "grad_ptr"], "*bf16") | {
     "mask_ptr": "*i1", "ids_ptr": "*i64", "beta": "fp32",
-} | dict.fromkeys(["V", "stride", "p_stride", "q_stride", "grad_stride"], "i32")  # fmt: skip
+} | dict.fromkeys(["V", "p_stride", "q_stride", "grad_stride"], "i32")  # fmt: skip
 
 
 @needs_triton
 @plain_torch
 @pytest.mark.parametrize("vocabulary", [151_936, 151_669, 1])
-@pytest.mark.parametrize("name, kernel, of_p", [
-    ("softmax_kl", "forward", None), ("softmax_kl", "backward", True),
-    ("softmax_kl", "backward", False), ("logprob", "forward", None), ("logprob", "backward", None),
+@pytest.mark.parametrize("kernel, kind, loads, powers", [
+    ("forward", True, 2, 2 * 9), ("forward", False, 1, 9), ("backward", "forward", 2, 2 * 8),
+    ("backward", "reverse", 2, 8), ("backward", "logprob", 1, 8),
 ])  # fmt: skip
-def test_compiles_for_an_h100(name, kernel, of_p, vocabulary, tmp_path, monkeypatch):
-    """Without one: 16 bytes at once where the rows allow it, and no thread waits in the loop."""
+def test_compiles_for_an_h100(kernel, kind, loads, powers, vocabulary, tmp_path, monkeypatch):
+    """Without one: no thread waits in the loop, which loads 16 bytes at once where rows allow it;
+    where there is no q, nothing is loaded or computed for it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    module = importlib.import_module(f"kernels.{name}")
+    module = importlib.import_module("kernels.softmax_kl")
     function = getattr(module, f"{kernel}_kernel")
-    constants = {"BLOCK": module.BLOCK, "of_p": of_p, "WIDTH": module.lane_width([vocabulary])}
+    constants = {"BLOCK": module.BLOCK, "WIDTH": module.lane_width([vocabulary])}
+    constants |= {"HAS_Q": kind, "KIND": kind}
     kinds, constant, aligned = {}, {}, {}
     for place, argument in enumerate(function.arg_names):
         kinds[argument] = "constexpr" if argument in constants else KINDS.get(argument, "*fp32")
@@ -601,8 +603,10 @@ def test_compiles_for_an_h100(name, kernel, of_p, vocabulary, tmp_path, monkeypa
     assert len(loops) == (vocabulary > 1) and "ld.global" in ptx
     for _, loop in loops:
         assert "bar.sync" not in loop and "shfl" not in loop
-        assert ("ld.global.v4" in loop) == (vocabulary == 151_936)
-        assert ("st.global.v4" in loop) == (vocabulary == 151_936 and kernel == "backward")
+        wide = vocabulary == 151_936
+        assert loop.count("ld.global.v4") == loads * wide
+        assert loop.count("ex2.approx") == powers or not wide
+        assert ("st.global.v4" in loop) == (wide and kernel == "backward")
 
 
 @needs_triton
