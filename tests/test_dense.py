@@ -529,14 +529,6 @@ def test_a_student_stored_in_bf16_is_trained_in_fp32(script, data, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out / "final").dtype == torch.float32
 
 
-@pytest.mark.parametrize("script", [fkl_warmup, opd, paced])
-def test_completions_that_are_cut_are_warned_of(script, data, tmp_path, capsys):
-    more = ["--weights", "uniform"] if script is paced else []
-    more += ["--max-new-tokens", "2", "--steps", "1", "--out", str(tmp_path / "run")]
-    script.main(command(data, *more))
-    assert "over half of the completions are cut" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("script", [grpo, fkl_warmup, opd, paced])
 def test_more_processes_than_prompts_to_share(script, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "WORLD", 3)

@@ -191,3 +191,98 @@ def test_the_evaluation_samples_as_it_is_told(data, monkeypatch):
     flags = "--data data.jsonl --n 1 --max-new-tokens 4 --temperature 0.7 --top-k 20 --top-p 0.8"
     eval_math.main(["--model", STUDENT, *flags.split(), "--out", "eval", "--device", "cpu"])
     assert seen == {(0.7, 20, 0.8)}
+
+
+@every_script
+def test_each_epoch_has_all_problems_in_an_order_of_its_own(script, data, monkeypatch):
+    drawn, rollout = [], script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *a: drawn.append(a[1]) or rollout(*a))
+    Path("val.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    run(script, *"--val-data val.jsonl --prompts-per-step 20 --steps 2".split())
+    one, two = (prompts for prompts in drawn if len(prompts) == 20)
+    assert sorted(one) == sorted(two) and len({*map(tuple, one)}) == 20 and one != two
+
+
+@dense_scripts
+def test_validation_has_the_temperature_of_training(script, data, monkeypatch):
+    seen, kl = [], script.softmax_kl
+    monkeypatch.setattr(script, "softmax_kl", lambda *a, **k: seen.append(a[3]) or kl(*a, **k))
+    run(script, "--temperature", "0.5")
+    assert len(seen) >= 3 and set(seen) == {0.5}  # before the step, in it and after it
+
+
+@every_script
+def test_a_gradient_that_is_not_finite_ends_the_run(script, data, monkeypatch, capsys):
+    """What is on disk is from before it."""
+    monkeypatch.setattr(script, "clip_grad_norm_", lambda p, norm: torch.tensor(torch.nan))
+    with pytest.raises(SystemExit) as ended:
+        run(script)
+    assert ended.value.code == 2 and "step 1: gradient not finite" in capsys.readouterr().err
+    assert {path.name for path in Path("run").glob("*/")} == {"best"}
+
+
+@pytest.mark.parametrize("script", [*MODELS, eval_math])
+def test_a_model_that_names_no_end_takes_the_tokenizers(script, data, monkeypatch):
+    for path in (STUDENT, TEACHER):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), Path(path).name
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+        model.save_pretrained(tokenizer)
+        AutoTokenizer.from_pretrained(path).save_pretrained(tokenizer)
+    masks, decode = [], script.decode
+    monkeypatch.setattr(script, "decode", lambda *a: masks.append(decode(*a)[1]) or decode(*a))
+    if script is eval_math:
+        flags = "--model student --data data.jsonl --n 1 --max-new-tokens 32 --device cpu"
+        eval_math.main([*flags.split(), "--out", "run"])
+    else:
+        run(script, models=[flag.replace(f"{ROOT}/tiny/", "") for flag in MODELS[script]])
+    lengths = torch.cat([mask.sum(1) for mask in masks])
+    assert 4 <= lengths.min() < 8  # \boxed{, a digit or more, }, the end
+
+
+@every_script
+@pytest.mark.parametrize("cut", [4, 5])
+def test_the_run_warns_where_more_than_half_are_cut(script, cut, data, monkeypatch, capsys):
+    rollout = script.rollout
+
+    def partly_cut(*arguments):
+        ids, mask, _ = rollout(*arguments)
+        return ids, mask, torch.arange(len(ids)) < cut
+
+    monkeypatch.setattr(script, "rollout", partly_cut)
+    assert run(script)[0]["clipped"] == cut / 8
+    assert ("over half of the completions are cut" in capsys.readouterr().out) == (cut == 5)
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_the_paper_trains_on_one_text_of_each_of_256_prompts(script):
+    args, _ = script.parse_arguments([*PAIR, "--preset", "paper"])
+    assert (args.prompts_per_step, args.samples_per_prompt) == (256, 1)
+    assert (args.lr, args.max_new_tokens, args.temperature, args.thinking) == (1e-6, 8192, 1, False)
+
+
+def test_the_sampled_estimator_scores_the_tokens_that_were_drawn(data, monkeypatch):
+    drawn, scored, rollout, logprob = [], [], opd.rollout, opd.token_logprob
+    monkeypatch.setattr(opd, "rollout", lambda *a: drawn.append(rollout(*a)) or drawn[-1])
+    monkeypatch.setattr(opd, "token_logprob", lambda *a, **k: scored.append(a) or logprob(*a, **k))
+    run(opd, "--estimator", "sampled", "--micro-batch", "1", "--val-data", "data.jsonl")
+    ids, mask, _ = drawn[1]  # after validation
+    texts = sorted(ids[i][mask[i]].tolist() for i in range(8))
+    for of in (scored[::2], scored[1::2]):  # the student, the teacher
+        assert sorted(ids[0].tolist() for _, ids, _ in of) == texts
+
+
+@dense_scripts
+@pytest.mark.parametrize("device, dtype", [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_the_teacher_is_bf16_on_a_gpu(script, device, dtype, monkeypatch):
+    asked = []
+
+    def load(path, dtype):
+        asked.append((path, dtype))
+        raise InterruptedError
+
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    args = types.SimpleNamespace(student=STUDENT, teacher=TEACHER, device=device, self=False)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        script.load_teacher(None, tokenizer, args)
+    assert asked == [(TEACHER, dtype)]

@@ -220,7 +220,7 @@ def test_a_rollout_of_two_processes_has_the_weights_of_the_step_before(runs, tmp
         command += ["--nproc-per-node", "2", "--", "opd.py", "--data", "tiny/train.jsonl"]
         command += [*SMALL.split(), "--val-data", val, "--lr", "1e-2", "--warmup-steps", "0"]
         command += ["--val-every", "1", "--steps", steps, "--out", tmp_path / steps]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     args, context = opd.parse_arguments(["--device", "cpu", "--max-new-tokens", "16"])
     tokenizer = AutoTokenizer.from_pretrained("tiny/student")
     problems = opd.load_problems("tiny/train.jsonl", tokenizer, args, context)
@@ -232,6 +232,18 @@ def test_a_rollout_of_two_processes_has_the_weights_of_the_step_before(runs, tmp
         texts[name] = [tokenizer.decode(ids[i][mask[i]]) for i in range(0, 6, 2)]
     lines = [line for line in lines_of(tmp_path / "2/samples.jsonl") if line["step"] == 2]
     assert [line["completion"] for line in lines] == texts["after"] != texts["before"]
+
+
+def test_processes_draw_different_texts(tmp_path):
+    """For the same problem, which all have."""
+    (tmp_path / "data.jsonl").write_text('{"problem": "37+8+5+2+1+7"}\n' * 8)
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
+    command += ["--", "fkl_warmup.py", *SMALL.split(), "--prompts-per-step", "8", "--steps", "1"]
+    command += ["--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "data.jsonl"]
+    command += ["--out", tmp_path / "run"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    texts = [line["completion"] for line in lines_of(tmp_path / "run/rollouts.jsonl")]
+    assert len(texts) == 16 and texts[:8] != texts[8:]
 
 
 def test_a_killed_rank_ends_the_job_and_leaves_a_whole_checkpoint(runs, tmp_path):
@@ -293,7 +305,9 @@ def test_peak_memory_does_not_grow_with_the_number_of_rollouts(name, runs, tmp_p
             prompts,
             *bounds,
         ]
-        command = [sys.executable, f"{name}.py", *arguments_of(name, tmp_path / prompts, 1), *more]
+        # By a small process: a child's peak begins with that of who started it.
+        command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, f"{name}.py"]
+        command += [*arguments_of(name, tmp_path / prompts, 1), *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(float(re.search(r"peak memory: ([\d.]+) GB", done.stdout)[1]))
     assert peaks[1] <= peaks[0] + 0.03
