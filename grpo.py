@@ -10,10 +10,10 @@ student (the baseline) and the student after the bridge.
   Eq. 3  J_it = min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.28) A_i), and at least 10 A_i if A_i < 0
   Eq. 4  loss = - sum_it J_it / (number of completion tokens in the whole update)
 
-No KL to a reference and no entropy bonus. With one update per step pi_old is pi itself: rho is
-exactly 1 and needs no scoring of its own. What is sampled is what is scored: the full softmax at
---temperature. All randomness follows from (--seed, step, process), so resuming changes no bit on a
-CPU with as many processes and threads.
+No KL to a reference and no entropy bonus. With one update per step pi_old is pi itself: rho is 1,
+though its gradient is not 0, and pi_old needs no scoring. What is sampled is what is scored: the
+full softmax at --temperature. All randomness follows from (--seed, step, process), so resuming
+changes no bit on a CPU with as many processes and threads.
 
     python grpo.py                          the pocket teacher: half a minute on two cores
     python grpo.py --model Qwen/Qwen3-1.7B --data train.jsonl --val-data val.jsonl --out runs/x
@@ -613,7 +613,7 @@ def train(args, context):
         if args.show:
             return show(tokenizer, completion_ids[row][mask[row]], advantage[row], "advantage")
 
-        # 3 score: pi_old, which is pi itself unless several updates share the rollouts
+        # 3 score: pi_old, where several updates share the rollouts; pi itself just before its loss
         logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
         if args.updates_per_step > 1:
             for part, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):

@@ -41,7 +41,7 @@ def softmax_kl(
     mask = student_logits.new_ones(tokens, dtype=torch.bool) if mask is None else mask.bool()
     require(mask.shape == tokens, "mask is not one per token", logits | {"mask": mask})
     module = triton_kl if student_logits.is_cuda or INTERPRETED else reference
-    rows = as_rows(student_logits), as_rows(teacher_logits), mask.reshape(-1)
+    rows = as_rows(student_logits), as_rows(teacher_logits), mask.reshape(-1).contiguous()
     settings = inplace_backward, direction, temperature
     (kl,) = Fused.apply(module.kl_forward, module.kl_backward, 1, settings, *rows)
     # The same number; but where it is masked or infinite, no gradient goes back.
@@ -63,7 +63,8 @@ def token_logprob(logits, ids, temperature=1.0, inplace_backward=False):
     else:
         require(known, "ids are not all in [0, V)", shapes)
     module = triton_logprob if logits.is_cuda or INTERPRETED else reference
-    rows, settings = (as_rows(logits), ids.reshape(-1).long()), (inplace_backward, temperature)
+    rows = as_rows(logits), ids.reshape(-1).contiguous().long()
+    settings = inplace_backward, temperature
     outputs = Fused.apply(module.logprob_forward, module.logprob_backward, 2, settings, *rows)
     return tuple(output.view(ids.shape) for output in outputs)
 
@@ -73,12 +74,13 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, forward, backward, count, settings, *rows):
-        dtype = torch.promote_types(rows[0].dtype, torch.float32)  # float64 stays float64
+        wide = rows[0].dtype == torch.float64 and not rows[0].is_cuda  # Triton's are fp32
+        dtype = torch.float64 if wide else torch.float32
         outputs = tuple(rows[0].new_zeros(len(rows[0]), dtype=dtype) for _ in range(count))
-        lse = rows[0].new_empty(len(rows[0]), 4, dtype=dtype)
+        stats = rows[0].new_empty(len(rows[0]), 4, dtype=dtype)
         with torch.cuda.device_of(rows[0]):  # Triton launches on the current; a backward sets it
-            forward(*outputs, lse, *rows, *settings[1:])
-        ctx.save_for_backward(*rows, *outputs, lse)
+            forward(*outputs, stats, *rows, *settings[1:])
+        ctx.save_for_backward(*rows, *outputs, stats)
         ctx.function, ctx.settings = backward, settings
         return outputs
 

@@ -1,7 +1,7 @@
 """What the kernels compute, in plain torch: the definition, and the path where there is no CUDA.
 
 With x = z / τ for the logits z of one token, and log p = x − logsumexp(x):
-    KL(p‖q) = Σ p (log p − log q)          reverse KL: p is the student; forward KL: q is
+    KL(p‖q) = Σ p (log p − log q)          the student is p in the reverse KL, q in the forward
     ∂KL/∂z_p = p (log p − log q − KL) / τ  the gradient of the reverse KL
     ∂KL/∂z_q = (q − p) / τ                 the gradient of the forward KL
     ∂log p[id]/∂z = (1[id] − p) / τ,       H = −Σ p log p,  ∂H/∂z = −p (log p + H) / τ
@@ -19,10 +19,9 @@ a few numbers per row, and computes everything else again, a few rows at a time.
 import torch
 
 CHUNK = 1 << 17  # logits at once, at least a row: bounds the memory, and stays in the cache
-# Divisions by S wait until a row's numbers are summed or final: a pass over the logits less each.
 
 
-def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
+def kl_forward(kl, stats, student, teacher, mask, direction, temperature):
     """Writes KL, max z_p, S_p, max z_q, S_q of each row (rows, V) whose mask is not 0."""
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(mask, student):
@@ -32,15 +31,15 @@ def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
         p_exp = x_p.exp_()
         p_sum, q_sum = p_exp.sum(-1, keepdim=True), x_q.exp_().sum(-1, keepdim=True)
         kl[rows] = (weigh(d, p_exp) / p_sum - (p_sum / q_sum).log())[:, 0]
-        lse[rows] = torch.cat([p_max, p_sum, q_max, q_sum], -1)
+        stats[rows] = torch.cat([p_max, p_sum, q_max, q_sum], -1)
 
 
-def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
+def kl_backward(grad, scale, student, teacher, mask, kl, stats, direction, temperature):
     """Writes scale · τ ∂KL/∂z into grad, for the student's z; 0 where the scale is."""
     grad.index_fill_(0, (scale == 0).nonzero()[:, 0], 0)
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(scale != 0, student):
-        p_max, p_sum, q_max, q_sum = lse[rows].split(1, -1)
+        p_max, p_sum, q_max, q_sum = stats[rows].split(1, -1)
         x_p, _ = centred(p, rows, temperature, p_max)
         x_q, _ = centred(q, rows, temperature, q_max)
         if direction == "reverse":
@@ -53,7 +52,7 @@ def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, tempera
         grad[rows] = balanced(dz, s_exp, s_sum, scale[rows, None]).to(grad.dtype)
 
 
-def logprob_forward(logp, entropy, lse, logits, ids, temperature):
+def logprob_forward(logp, entropy, stats, logits, ids, temperature):
     """Writes log p[id], the entropy, and max z and S of each row of logits (rows, V)."""
     for rows in chunks(torch.ones_like(ids, dtype=torch.bool), logits):
         x, z_max = centred(logits, rows, temperature)
@@ -61,15 +60,15 @@ def logprob_forward(logp, entropy, lse, logits, ids, temperature):
         x_sum = x_exp.sum(-1, keepdim=True)
         logp[rows] = (x_id - x_sum.log())[:, 0]
         entropy[rows] = (x_sum.log() - weigh(x, x_exp) / x_sum)[:, 0]
-        lse[rows, :2] = torch.cat([z_max, x_sum], -1)
+        stats[rows, :2] = torch.cat([z_max, x_sum], -1)
 
 
-def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, lse, temperature):
+def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, stats, temperature):
     """Writes τ (g_logp · ∂log p[id]/∂z + g_entropy · ∂H/∂z) into grad; 0 where both g are."""
     live = (g_logp != 0) | (g_entropy != 0)
     grad.index_fill_(0, (~live).nonzero()[:, 0], 0)
     for rows in chunks(live, logits):
-        z_max, x_sum = lse[rows, :2].split(1, -1)
+        z_max, x_sum = stats[rows, :2].split(1, -1)
         one, h = g_logp[rows, None], g_entropy[rows, None]
         x, _ = centred(logits, rows, temperature, z_max)
         dz = torch.addcmul(h * (x_sum.log() - entropy[rows, None]) - one, x, h, value=-1)
@@ -97,7 +96,8 @@ def weigh(x, p):
 
 
 def balanced(dz, s_exp, s_sum, scale):
-    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax.
+    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax; so
+    that S divides a row's numbers, not each logit's.
 
     A row of the gradient sums to 0. Where s is almost 1, its rounding is most of that sum.
     """

@@ -1,10 +1,12 @@
 """The Triton kernels: a program per token, one pass over its logits each way.
 
-reference.py defines what they compute and has the mathematics of the online form, in the same
-letters. Only the base differs. It is 2, since exp2 is one instruction on the GPU and exp is five,
-enough for the forward to wait for arithmetic and not for memory.
+reference.py defines what they compute and has the mathematics of the online form: S, D and Δ are
+_sum, d_sum and _delta here. Logits are not divided by τ, and the base is 2: beta = log₂e / τ stands
+in each exponent, since exp2 is one instruction on the GPU and exp is five, enough for the forward
+to wait for arithmetic and not for memory.
 
-They serve token_logprob (logprob.py), too: where every log q is 0, KL is −H, and needs no q.
+They serve token_logprob (logprob.py), too. With log q = 0 everywhere, which is no distribution but
+fits the formula, KL is −H: without HAS_Q, and in the KIND "logprob", q is neither read nor needed.
 """
 
 import math
@@ -16,22 +18,23 @@ BLOCK = 4096  # logits of p, and of q, that a program works on at once
 LOG2E, LN2 = math.log2(math.e), tl.constexpr(math.log(2))
 
 
-def kl_forward(kl, lse, student, teacher, mask, direction, temperature):
+def kl_forward(kl, stats, student, teacher, mask, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     sizes = p.shape[1], p.stride(0), q.stride(0)
     settings = *sizes, LOG2E / temperature, True, BLOCK, lane_width(sizes)
-    forward_kernel[(len(kl),)](kl, lse, p, q, mask, *settings, num_warps=16)
+    forward_kernel[(len(kl),)](kl, stats, p, q, mask, *settings, num_warps=16)
 
 
-def kl_backward(grad, scale, student, teacher, mask, kl, lse, direction, temperature):
+def kl_backward(grad, scale, student, teacher, mask, kl, stats, direction, temperature):
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     sizes = p.shape[1], grad.stride(0), p.stride(0), q.stride(0)
     settings = *sizes, LOG2E / temperature, direction, BLOCK
-    backward_kernel[(len(kl),)](grad, scale, kl, lse, p, q, kl, mask, *settings, num_warps=16)
+    g = ids = kl  # not read
+    backward_kernel[(len(kl),)](grad, scale, kl, stats, p, q, g, ids, *settings, num_warps=16)
 
 
 def lane_width(sizes):
-    """The logits that a thread loads at once: 16 bytes of bf16, if each row begins at a 16th."""
+    """Logits that a thread loads at once: 16 bytes of bf16, where 16 divides V and the strides."""
     return 1 if any(size % 16 for size in sizes) else 8
 
 
@@ -45,13 +48,13 @@ def moved(p_sum, d_sum, p_delta, q_delta, beta):
 
 @triton.jit
 def forward_kernel(
-    kl_ptr, lse_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta,
+    kl_ptr, stats_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta,
     HAS_Q: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
     if tl.load(mask_ptr + row) == 0:
         return
-    # A lane of logits has maxima and sums of its own until the end: no thread waits for another.
+    # Each lane, WIDTH logits of a block, has maxima and sums of its own: no thread waits.
     lane, zero = tl.arange(0, BLOCK // WIDTH), tl.zeros([BLOCK // WIDTH], tl.float32)
     p_max, q_max = zero - 1e30, zero - 1e30  # not −inf: −inf − (−inf) is no number
     p_sum, q_sum, d_sum, q_delta = zero, zero, zero, zero
@@ -59,7 +62,7 @@ def forward_kernel(
         v = start + WIDTH * lane[:, None] + tl.arange(0, WIDTH)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         p_old, p_max = p_max, tl.maximum(p_max, tl.max(p, 1))
-        p -= p_max[:, None]
+        p -= p_max[:, None]  # logits still, as q is, less their maximum
         p_exp, d = tl.exp2(p * beta), p
         if HAS_Q:
             q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -75,24 +78,24 @@ def forward_kernel(
     p_total, q_total = tl.sum(p_sum, 0), tl.sum(q_sum * tl.exp2((q_max - q_top) * beta), 0)
     p_log, q_log = tl.log2(p_total), tl.log2(q_total) if HAS_Q else 0.0
     tl.store(kl_ptr + row, (tl.sum(d_sum, 0) / p_total * beta - (p_log - q_log)) * LN2)
-    # Each log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
-    tl.store(lse_ptr + 4 * row, p_top)
-    tl.store(lse_ptr + 4 * row + 1, p_log)
-    tl.store(lse_ptr + 4 * row + 2, q_top)
-    tl.store(lse_ptr + 4 * row + 3, q_log)
+    # A log-sum-exp in two parts: their sum would lose digits to an offset of 1e4.
+    tl.store(stats_ptr + 4 * row, p_top)
+    tl.store(stats_ptr + 4 * row + 1, p_log)
+    tl.store(stats_ptr + 4 * row + 2, q_top)
+    tl.store(stats_ptr + 4 * row + 3, q_log)
 
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, scale_ptr, kl_ptr, lse_ptr, p_ptr, q_ptr, g_ptr, ids_ptr, V, grad_stride, p_stride,
+    grad_ptr, scale_ptr, kl_ptr, stats_ptr, p_ptr, q_ptr, g_ptr, ids_ptr, V, grad_stride, p_stride,
     q_stride, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale, kl = tl.load(scale_ptr + row), tl.load(kl_ptr + row)
-    p_max, p_log = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 1)
-    q_max, q_log = tl.load(lse_ptr + 4 * row + 2), tl.load(lse_ptr + 4 * row + 3)
+    p_max, p_log = tl.load(stats_ptr + 4 * row), tl.load(stats_ptr + 4 * row + 1)
+    q_max, q_log = tl.load(stats_ptr + 4 * row + 2), tl.load(stats_ptr + 4 * row + 3)
     dead, g, token = scale == 0, 0.0, -1
-    if KIND == "logprob":  # scale is that of −H, g that of log p[id]
+    if KIND == "logprob":  # the incoming gradients: of kl, here −H, the scale; of log p[id], g
         g, token = tl.load(g_ptr + row), tl.load(ids_ptr + row)
         dead = dead & (g == 0)
     end = tl.where(dead, 0, V)  # such a row is not read
@@ -101,7 +104,7 @@ def backward_kernel(
         v = start + tl.arange(0, BLOCK)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < end, other=float("-inf")).to(tl.float32)
         p -= p_max
-        x = p * beta - p_log  # log p, or log p − log q
+        x = p * beta - p_log  # log₂ p; with q, log₂ p − log₂ q
         if KIND != "logprob":
             q = tl.load(q_ptr + row * q_stride + v, mask=v < end, other=float("-inf"))
             q = q.to(tl.float32) - q_max

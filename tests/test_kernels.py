@@ -261,6 +261,30 @@ def test_kl_of_slices(direction, device):
 
 
 @both_directions
+def test_kl_of_float64(direction, device):
+    """On a GPU computed in fp32, whatever comes; where torch computes, in float64."""
+    student, teacher = make_logits(4, V, device=device, dtype=torch.float64)
+    kl = softmax_kl(student, teacher, direction)
+    kl.sum().backward()
+    truth, exact = true_kl(student, teacher, direction)
+    truth.sum().backward()
+    assert kl.dtype == (torch.float64 if device == "cpu" else torch.float32)
+    assert student.grad.dtype == torch.float64 and ((kl - truth).abs() < 1e-5).all()
+    torch.testing.assert_close(student.grad, exact.grad, atol=1e-6, rtol=0)
+
+
+def test_a_column_of_masks_and_of_ids(device):
+    """Their numbers do not lie side by side in the memory."""
+    student, teacher = make_logits(4, V, device=device)
+    table = torch.tensor([[1, 7], [0, 8], [1, 9], [0, 6]], device=device)
+    kl = softmax_kl(student, teacher, "reverse", mask=table[:, 0])
+    torch.testing.assert_close(kl, softmax_kl(student, teacher, "reverse") * table[:, 0])
+    same = softmax_kl(student, teacher, "reverse", mask=torch.ones((), device=device).expand(4))
+    assert torch.equal(same, softmax_kl(student, teacher, "reverse"))
+    check_logprob(student, table[:, 1])
+
+
+@both_directions
 @in_two_precisions
 @pytest.mark.parametrize("inplace", [False, True])
 def test_kl_leaves_out_what_has_no_weight(direction, inplace, dtype, device):
@@ -566,19 +590,23 @@ def test_triton_kernels_in_the_interpreter():
 
 
 # The parameters of a kernel that are no fp32 pointers, and what they are.
-KINDS = dict.fromkeys(["p_ptr", "q_ptr", "grad_ptr"], "*bf16") | {
-    "mask_ptr": "*i1", "ids_ptr": "*i64", "beta": "fp32",
-} | dict.fromkeys(["V", "p_stride", "q_stride", "grad_stride"], "i32")  # fmt: skip
+KINDS = {"mask_ptr": "*i1", "ids_ptr": "*i64", "beta": "fp32"}
+KINDS |= dict.fromkeys(["V", "p_stride", "q_stride", "grad_stride"], "i32")
 
 
 @needs_triton
 @plain_torch
-@pytest.mark.parametrize("vocabulary", [151_936, 151_669, 1])
+@pytest.mark.parametrize(
+    "vocabulary, logits",
+    [(151_936, "*bf16"), (151_669, "*bf16"), (1, "*bf16"), (151_669, "*fp64")],
+)
 @pytest.mark.parametrize("kernel, kind, loads, powers", [
     ("forward", True, 2, 2 * 9), ("forward", False, 1, 9), ("backward", "forward", 2, 2 * 8),
     ("backward", "reverse", 2, 8), ("backward", "logprob", 1, 8),
 ])  # fmt: skip
-def test_compiles_for_an_h100(kernel, kind, loads, powers, vocabulary, tmp_path, monkeypatch):
+def test_compiles_for_an_h100(
+    kernel, kind, loads, powers, vocabulary, logits, tmp_path, monkeypatch
+):
     """Without one: no thread waits in the loop, which loads 16 bytes at once where rows allow it;
     where there is no q, nothing is loaded or computed for it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -588,9 +616,10 @@ def test_compiles_for_an_h100(kernel, kind, loads, powers, vocabulary, tmp_path,
     function = getattr(module, f"{kernel}_kernel")
     constants = {"BLOCK": module.BLOCK, "WIDTH": module.lane_width([vocabulary])}
     constants |= {"HAS_Q": kind, "KIND": kind}
+    known = KINDS | dict.fromkeys(["p_ptr", "q_ptr", "grad_ptr"], logits)
     kinds, constant, aligned = {}, {}, {}
     for place, argument in enumerate(function.arg_names):
-        kinds[argument] = "constexpr" if argument in constants else KINDS.get(argument, "*fp32")
+        kinds[argument] = "constexpr" if argument in constants else known.get(argument, "*fp32")
         if argument in constants:
             constant[(place,)] = constants[argument]
         elif kinds[argument] == "i32" and vocabulary == 1:  # as at a launch

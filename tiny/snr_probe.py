@@ -15,7 +15,7 @@ ends, as its weight p^alpha (1 - p)^beta does. Here nothing is trained, this is 
 Bands are 95 %, a bootstrap over the problems of a bin. Bins differ in more than p: in the pocket
 world the kind of problem goes with it, and nearly all of p = 0 are products.
 
-    python tiny/snr_probe.py                                     about a minute
+    python tiny/snr_probe.py                                     one to three minutes
     python tiny/snr_probe.py --teacher runs/grpo-DATE-TIME/best  a teacher after RL
 """
 
