@@ -154,7 +154,7 @@ def fetch(name):
         from datasets import load_dataset
 
         return [json.dumps(row) for row in load_dataset(repo, file, split=split[0])]
-    except (ImportError, OSError):
+    except (ImportError, OSError, ValueError):
         url = f"{QWEN}/{name}" if split else f"https://huggingface.co/datasets/{repo}/resolve/main"
         fail(f"{name}: no network or `datasets`; download {url}/test.jsonl and point --data to it")
 
@@ -209,15 +209,18 @@ ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
-COSTLY = re.compile(TOWER + r"|\^\W*[\d.]{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
-SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
+COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
+# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2; a unit in
+# words as a product of its letters, degrees, the space that a matrix has between two rows.
+UNIT = r"|(?<=\d) +[a-z]{3,}\.?$|°|(?<=\\\\)\[[\d.]+ *[a-z]{2}\]"
+SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$" + UNIT)
+PLUS_MINUS = re.compile(r"\\pm(?![a-z])")  # within a fraction not understood
 MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
 
 
 def last_boxed(text):
     r"""What the last balanced \boxed{} holds, or None."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text)]
     for start in reversed(starts[-8:]):  # a text of nothing but boxes must not take a minute
         depth = 1
         for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
@@ -229,6 +232,7 @@ def last_boxed(text):
 
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
+    answer = ", ".join(dict.fromkeys(PLUS_MINUS.sub(sign, answer) for sign in "+-"))
     answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
     box, latex = f"\\boxed{{{answer}}}", [math_verify.LatexExtractionConfig()]
@@ -245,7 +249,7 @@ def read_answers(problems):
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
+            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {text!r}")
 
 
 @lru_cache(maxsize=100_000)
@@ -501,6 +505,9 @@ def compare(one, other):
     pairs = [*zip(a["each"], b["each"], strict=True)]
     gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]
     print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
+    was, now = (run.get("settings", {}) for run in (a, b))
+    for key in (key for key in was if key != "model" and was[key] != now.get(key)):
+        print(f"not made alike: {key} {was[key]!r} and {now.get(key)!r}")
     for name, gain in intervals(gains).items():
         print("{:<8} {mean:+9.3f} ({low:+.3f} to {high:+.3f})".format(name, **gain))
     for a, b in pairs:
@@ -520,7 +527,7 @@ def main(argv=None):
         else:
             evaluate(args, context)
     except (OSError, ImportError, dist.DistError) as error:  # no model, file, matplotlib, port
-        fail(str(error).strip().splitlines()[0])
+        fail(str(error).strip().partition("\n")[0])
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --rollout-batch")
     except KeyboardInterrupt:

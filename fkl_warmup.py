@@ -461,8 +461,8 @@ def open_run(args, problems):
     state = json.loads(state_path.read_text()) if state_path.exists() else fresh
     if state["step"] < args.steps:  # of a run that is extended: not its end any more
         shutil.rmtree(out / "final", ignore_errors=True)
-    for path in out.glob("*.jsonl"):  # cut back to the checkpoint
-        os.truncate(path, state["bytes"].get(path.name, 0))
+    for path in (p for p in out.glob("*.jsonl") if p.stem in ("metrics", "samples", "rollouts")):
+        os.truncate(path, state["bytes"].get(path.name, 0))  # back to the checkpoint
     return out, state
 
 
@@ -504,7 +504,7 @@ def main(argv=None):
     try:
         train(*parse_arguments(argv))
     except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
-        fail(str(error).splitlines()[0])
+        fail(str(error).partition("\n")[0])
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     except KeyboardInterrupt:

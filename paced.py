@@ -248,15 +248,18 @@ ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
-COSTLY = re.compile(TOWER + r"|\^\W*[\d.]{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2.
-SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$")
+COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
+# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2; a unit in
+# words as a product of its letters, degrees, the space that a matrix has between two rows.
+UNIT = r"|(?<=\d) +[a-z]{3,}\.?$|°|(?<=\\\\)\[[\d.]+ *[a-z]{2}\]"
+SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$" + UNIT)
+PLUS_MINUS = re.compile(r"\\pm(?![a-z])")  # within a fraction not understood
 MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
 
 
 def last_boxed(text):
     r"""What the last balanced \boxed{} holds, or None."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text)]
     for start in reversed(starts[-8:]):  # a text of nothing but boxes must not take a minute
         depth = 1
         for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
@@ -268,6 +271,7 @@ def last_boxed(text):
 
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
+    answer = ", ".join(dict.fromkeys(PLUS_MINUS.sub(sign, answer) for sign in "+-"))
     answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
     box, latex = f"\\boxed{{{answer}}}", [math_verify.LatexExtractionConfig()]
@@ -284,7 +288,7 @@ def read_answers(problems):
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (nor solution, nor ground_truth) in {text!r}")
+            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {text!r}")
 
 
 @lru_cache(maxsize=100_000)
@@ -568,8 +572,8 @@ def open_run(args, problems):
     state = json.loads(state_path.read_text()) if state_path.exists() else fresh
     if state["step"] < args.steps:  # of a run that is extended: not its end any more
         shutil.rmtree(out / "final", ignore_errors=True)
-    for path in out.glob("*.jsonl"):  # cut back to the checkpoint
-        os.truncate(path, state["bytes"].get(path.name, 0))
+    for path in (p for p in out.glob("*.jsonl") if p.stem in ("metrics", "samples", "rollouts")):
+        os.truncate(path, state["bytes"].get(path.name, 0))  # back to the checkpoint
     return out, state
 
 
@@ -611,7 +615,7 @@ def main(argv=None):
     try:
         train(*parse_arguments(argv))
     except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
-        fail(str(error).splitlines()[0])
+        fail(str(error).partition("\n")[0])
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     except KeyboardInterrupt:

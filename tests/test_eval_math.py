@@ -294,6 +294,19 @@ CASES += [
     ("\\frac{5}{2}", "2 1/2", True),
     ("5", "5.", True),
     ("7.5\\%", "7.5", False),  # math-verify takes 50\\% for 50, but this it does not
+    ("18", "18 dollars", True),  # ... d * o * l * l * a * r * s
+    ("60", "60 people.", True),
+    ("60", "60°", True),
+    ("5", "5 or 6", False),
+    ("7", "7 x", False),
+    ("12", "12 \\pi", False),
+    ("5", "5 million", True),  # a unit like any other, as \\text{ million} is
+    ("36", "36 km/h", False),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}", True),
+    ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1\\pm\\sqrt{5}}{2}", True),  # ... nothing at all
+    ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1+\\sqrt5}{2}, \\frac{1-\\sqrt5}{2}", True),
+    ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1+\\sqrt5}{2}", False),
+    ("e^{1/4}", "e^{0.25}", True),
 ]
 
 
@@ -628,6 +641,7 @@ def test_compare_of_two_runs(tmp_path, data, capsys):
     eval_math.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     printed = capsys.readouterr().out
     assert "7 problems" in printed and "greedy" in printed
+    assert "not made alike: temperature 1.0 and 0.7\nnot made alike: top_k 0 and 2\n" in printed
 
 
 def test_the_picture(tmp_path, data, monkeypatch, capsys):

@@ -286,3 +286,13 @@ def test_the_teacher_is_bf16_on_a_gpu(script, device, dtype, monkeypatch):
     with pytest.raises(InterruptedError):
         script.load_teacher(None, tokenizer, args)
     assert asked == [(TEACHER, dtype)]
+
+
+@every_script
+def test_going_on_cuts_only_files_of_the_run(script, data):
+    run(script)
+    Path("run/metrics-of-before.jsonl").write_text("a copy\n")
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2}\n')  # of a step that a kill took back
+    assert [line["step"] for line in run(script, "--steps", "2")] == [1, 2]
+    assert Path("run/metrics-of-before.jsonl").read_text() == "a copy\n"

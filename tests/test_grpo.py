@@ -560,7 +560,8 @@ def test_a_token_does_not_copy_the_cache():
         ("\\boxed{\\left\\{x : x > 1\\right.}", "\\left\\{x : x > 1\\right."),
         ("\\boxed{7} and then \\boxed{8", "7"),
         ("\\boxed {9}", "9"),
-        ("\\boxed{}", ""),
+        ("\\boxed{}", None),
+        ("\\boxed{5}, as asked for within \\boxed{ }", "5"),  # a part of the question
         ("no box", None),
         ("\\boxed{1", None),
         ("\\boxed{" * 50_000, None),
