@@ -210,12 +210,10 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, 2 1/2 as (2 + 1)/2; a unit in
-# words as a product of its letters, degrees, the space that a matrix has between two rows.
-UNIT = r"|(?<=\d) +[a-z]{3,}\.?$|°|(?<=\\\\)\[[\d.]+ *[a-z]{2}\]"
-SPURIOUS = re.compile(r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$" + UNIT)
-PLUS_MINUS = re.compile(r"\\pm(?![a-z])")  # within a fraction not understood
-MIXED = re.compile(r"(?<=\d) +(\d+)/(\d+)$")
+# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, degrees, a unit in words as a
+# product of its letters, 2 1/2 as (2 + 1)/2; within a fraction \pm not at all.
+NOISE = r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$|°|(?<=\d) +[a-z]{3,}\.?$"
+MIXED = r"(?<=\d) +(\d+)/(\d+)$"
 
 
 def last_boxed(text):
@@ -232,10 +230,10 @@ def last_boxed(text):
 
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
-    answer = ", ".join(dict.fromkeys(PLUS_MINUS.sub(sign, answer) for sign in "+-"))
-    answer = MIXED.sub(r"\\frac{\1}{\2}", SPURIOUS.sub("", answer))
+    answer = re.sub(MIXED, r"\\frac{\1}{\2}", re.sub(NOISE, "", answer))
+    both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
-    box, latex = f"\\boxed{{{answer}}}", [math_verify.LatexExtractionConfig()]
+    box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
     return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
 

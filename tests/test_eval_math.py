@@ -302,7 +302,6 @@ CASES += [
     ("12", "12 \\pi", False),
     ("5", "5 million", True),  # a unit like any other, as \\text{ million} is
     ("36", "36 km/h", False),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}", True),
     ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1\\pm\\sqrt{5}}{2}", True),  # ... nothing at all
     ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1+\\sqrt5}{2}, \\frac{1-\\sqrt5}{2}", True),
     ("\\frac{1 \\pm \\sqrt{5}}{2}", "\\frac{1+\\sqrt5}{2}", False),
