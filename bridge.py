@@ -340,6 +340,8 @@ def report(args, runs, val_labels):
 # --- main -----------------------------------------------------------------------------------------
 def main(argv=None):
     try:
+        if grpo.WORLD > 1:
+            fail("start it without torchrun: --nproc gives that to each step")
         args = parse_arguments(argv)
         teacher, student = map(AutoTokenizer.from_pretrained, (args.teacher, args.student))
         if teacher.get_vocab() != student.get_vocab():

@@ -465,6 +465,9 @@ def open_run(args, problems):
     path, state_path = out / "config.json", out / "checkpoint/state.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
+        named = [v for v in settings.values() if isinstance(v, str)]
+        if inside := [v for v in named if Path(v).resolve().is_relative_to(out.resolve())]:
+            fail(f"--overwrite would delete {inside[0]}, which lies in {out}: give another --out")
         shutil.rmtree(out)
     elif "settings" in old:
         # A run may be extended, and fitted to the memory.
@@ -554,6 +557,10 @@ def train(args, context):
         del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     read_answers(problems + val_problems)
+    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
+        print(f"warning: {len(both)} problems are trained on and validated on")
+    if args.show:  # of few prompts: one will do
+        args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes share {fewest} prompts of a step or a validation: too few")

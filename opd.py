@@ -401,7 +401,9 @@ def load_teacher(student, tokenizer, args):
         teacher.generation_config.eos_token_id = tokenizer.eos_token_id
     ends = [torch.tensor(m.generation_config.eos_token_id).view(-1) for m in (teacher, student)]
     if not torch.equal(*ends):
-        print("warning: teacher and student end a text with different tokens")
+        both = torch.cat(ends).unique().tolist()
+        print(f"warning: teacher and student end a text with different tokens: now any of {both}")
+        teacher.generation_config.eos_token_id = student.generation_config.eos_token_id = both
     width = min(student.config.vocab_size, teacher.config.vocab_size)
     for model, name in ((student, args.student), (teacher, args.teacher)):
         if model.config.vocab_size > width:  # rows of padding, which no token has
@@ -424,6 +426,9 @@ def open_run(args, problems):
     path, state_path = out / "config.json", out / "checkpoint/state.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.overwrite and "settings" in old:  # a model's directory has a config.json, too
+        named = [v for v in settings.values() if isinstance(v, str)]
+        if inside := [v for v in named if Path(v).resolve().is_relative_to(out.resolve())]:
+            fail(f"--overwrite would delete {inside[0]}, which lies in {out}: give another --out")
         shutil.rmtree(out)
     elif "settings" in old:
         # A run may be extended, and fitted to the memory.
@@ -505,6 +510,8 @@ def train(args, context):
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     if tokenizer.chat_template is None:
         print(f"{tokenizer.name_or_path} has no chat template: the problem goes in as it is")
+    # vs grpo.py: the teacher reads the same texts.
+    context = min(context, AutoConfig.from_pretrained(args.teacher).max_position_embeddings)
     problems = load_problems(args.data, tokenizer, args, context)
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
@@ -512,6 +519,10 @@ def train(args, context):
         val_problems = problems[:2560:10]
         del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
+        print(f"warning: {len(both)} problems are trained on and validated on")
+    if args.show:  # of few prompts: one will do
+        args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes share {fewest} prompts of a step or a validation: too few")

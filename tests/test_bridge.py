@@ -662,6 +662,11 @@ def refusal(capsys, arguments, monkeypatch, status=None):
     return err[0]
 
 
+def test_torchrun_is_for_the_steps(capsys, monkeypatch):
+    monkeypatch.setattr(grpo, "WORLD", 2)
+    assert "--nproc" in refusal(capsys, [], monkeypatch)
+
+
 def test_other_tokenizers_are_refused_before_any_training(tmp_path, capsys, monkeypatch):
     shutil.copytree(ROOT / "tiny/teacher", tmp_path / "other")
     path = tmp_path / "other/tokenizer.json"

@@ -475,6 +475,9 @@ def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
     opd.main(command(data, *more))
     out = capsys.readouterr().out
     assert "different chat templates" in out and "end a text with different tokens" in out
+    for name in ("best", "final"):  # the student learns the teacher's end, too
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name).generation_config
+        assert saved.eos_token_id == [3, 5]
     ends = AutoModelForCausalLM.from_pretrained(STUDENT).generation_config.eos_token_id
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [ends]}))
     opd.main(command(data, *more, "--overwrite"))

@@ -296,3 +296,46 @@ def test_going_on_cuts_only_files_of_the_run(script, data):
         file.write('{"step": 2}\n')  # of a step that a kill took back
     assert [line["step"] for line in run(script, "--steps", "2")] == [1, 2]
     assert Path("run/metrics-of-before.jsonl").read_text() == "a copy\n"
+
+
+@every_script
+def test_overwrite_does_not_delete_what_the_run_reads(script, data, capsys):
+    run(script)
+    models = ["--model" if script is grpo else "--student", "run/best", *MODELS[script][2:]]
+    with pytest.raises(SystemExit) as ended:
+        run(script, "--overwrite", models=models)
+    assert ended.value.code == 2 and "run/best, which lies in run" in capsys.readouterr().err
+    assert Path("run/best/model.safetensors").exists()
+    assert len(run(script, "--overwrite")) == 1
+
+
+@every_script
+def test_problems_on_both_sides_are_told(script, data, capsys):
+    Path("val.jsonl").write_text("".join(Path("data.jsonl").open().readlines()[:3]))
+    run(script, "--val-data", "val.jsonl")
+    said = "problems are trained on and validated on"
+    assert f"warning: 3 {said}" in capsys.readouterr().out
+    run(script, "--overwrite")
+    assert said not in capsys.readouterr().out  # every tenth, set aside
+
+
+@every_script
+def test_one_rollout_is_shown_of_few(script, data, monkeypatch):
+    sizes, rollout = [], script.rollout
+    monkeypatch.setattr(script, "rollout", lambda *a: sizes.append(len(a[1])) or rollout(*a))
+    rows = [{"problem": f"{i}+{j}", "answer": f"{i + j}"} for i in range(1, 9) for j in range(9)]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script.main([*MODELS[script], *"--data data.jsonl --prompts-per-step 64 --show".split()])
+    assert sizes == [32]
+
+
+@dense_scripts
+def test_a_prompt_fits_the_teacher_too(script, data, capsys):
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    teacher.config.max_position_embeddings = 40
+    teacher.save_pretrained("short")
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained("short")
+    models = [flag.replace(TEACHER, "short") for flag in MODELS[script]]
+    with pytest.raises(SystemExit):
+        run(script, "--max-new-tokens", "40", models=models)
+    assert "none that fits a context of 40 tokens" in capsys.readouterr().err
