@@ -142,6 +142,28 @@ def rows_of(text):
     return found
 
 
+def test_other_worlds_are_what_their_records_say(written):
+    worlds = [json.loads(path.read_text()) for path in sorted(evidence.RECORDS.glob("world-*"))]
+    assert len(worlds) >= 3 and all(world["code"] == worlds[0]["code"] for world in worlds)
+    assert all(world["settings"] == written[1][0]["settings"] for world in worlds)
+    expected = []
+    for own in evidence.CLAIMS.values():
+        for (_, text), verdict in zip(own, evidence.verdicts(worlds, own), strict=True):
+            greedy = evidence.differences(worlds, text, "greedy")
+            for i, (arm, other, mean, half, _) in enumerate(evidence.differences(worlds, text)):
+                column = "forgets" if text.endswith("forgets") else "sampled"
+                gaps = [w["arms"][arm][column] - w["arms"][other][column] for w in worlds]
+                expected.append({
+                    "compared": f"{arm} − {other}",
+                    "difference": f"{mean:+.3f} ± {half:.3f}",
+                    "greedy": "{2:+.3f} ± {3:.3f}".format(*greedy[i]) * (column == "sampled"),
+                    "each world": ", ".join(f"{gap:+.3f}" for gap in gaps),
+                    "verdict": "" if i else f"**{verdict}**",
+                })  # fmt: skip
+    section = written[0].partition("\n## Six other worlds")[2].partition("\n## ")[0]
+    assert rows_of(section) == expected
+
+
 def test_readme_says_what_evidence_says(written):
     section = (ROOT / "README.md").read_text().partition("## What it shows")[2]
     rows, known = rows_of(section.partition("\n## ")[0]), rows_of(written[0])
