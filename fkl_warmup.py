@@ -537,8 +537,6 @@ def train(args, context):
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     if args.rollouts:
         problems = read_rollouts(tokenizer, args, context)
-    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
-        print(f"warning: {len(both)} problems are trained on and validated on")
     if args.show:  # of few prompts: one will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
@@ -548,6 +546,8 @@ def train(args, context):
     out, state = gather(run)[0]
     print(f"--out {out} goes on with this run (step {state['step']})" if out else "one rollout")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
+    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
+        print(f"warning: {len(both)} problems are trained on and validated on")
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
     if first_step >= args.steps and (out / "final").exists():
         return print(f"{out} is done after {first_step} steps; a larger --steps goes on")

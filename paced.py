@@ -652,8 +652,6 @@ def train(args, context):
         problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
         if len(problem["teacher_ids"]) + args.max_new_tokens > context:
             fail(f"{problem['where']}: with its hint too long for a context of {context}")
-    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
-        print(f"warning: {len(both)} problems are trained on and validated on")
     if args.show:  # of few prompts: one will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
@@ -663,6 +661,8 @@ def train(args, context):
     out, state = gather(run)[0]
     print(f"--out {out} goes on with this run (step {state['step']})" if out else "one rollout")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
+    if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
+        print(f"warning: {len(both)} problems are trained on and validated on")
     state = {"weighed": 0, "pass_rate": [0.5] * len(problems)} | state
     first_step, n, group = state["step"], args.prompts_per_step, args.samples_per_prompt
     if first_step >= args.steps and (out / "final").exists():

@@ -96,10 +96,10 @@ def weigh(x, p):
 
 
 def balanced(dz, s_exp, s_sum, scale):
-    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax; so
-    that S divides a row's numbers, not each logit's.
+    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax.
 
-    A row of the gradient sums to 0. Where s is almost 1, its rounding is most of that sum.
+    S divides here, a number a row, and not each logit before. A row of the gradient sums to 0;
+    where s is almost 1, its rounding is most of that sum.
     """
     dz.addcmul_(s_exp, dz.sum(-1, keepdim=True) / s_sum, value=-1)
     return dz.mul_(scale / s_sum)
