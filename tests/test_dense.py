@@ -453,18 +453,6 @@ def test_another_vocabulary_is_refused(data, tmp_path, capsys):
     assert "different vocabularies" in said
 
 
-@pytest.mark.parametrize("script", [fkl_warmup, opd])
-def test_a_teacher_that_does_not_say_how_it_ends(script, data, tmp_path, monkeypatch):
-    for name, path in (("student", STUDENT), ("teacher", TEACHER)):
-        model = AutoModelForCausalLM.from_pretrained(path)
-        model.config.eos_token_id = model.generation_config.eos_token_id = None
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / name)
-    models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
-    script.main(command(data, *models, "--steps", "1", "--out", str(tmp_path / "run")))
-    assert lines_of(tmp_path / "run/metrics.jsonl")[0]["clipped"] < 1
-
-
 def test_other_templates_and_ends_are_warned_of(data, tmp_path, capsys):
     shutil.copytree(TEACHER, tmp_path / "other")
     path = tmp_path / "other/chat_template.jinja"
