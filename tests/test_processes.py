@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
@@ -55,10 +56,20 @@ def uneven_grade(tokenizer, completion_ids, mask, golds):
     return texts, [float(i % 8 < 1 + int(gold) % 7) for i, gold in enumerate(golds)]
 
 
+def as_on_gpus(script):
+    """FSDP2, autocast and the teacher in bf16."""
+    policy, load = script.MixedPrecisionPolicy, getattr(script, "load_teacher", None)
+    script.MixedPrecisionPolicy = lambda param_dtype, **more: policy(torch.bfloat16, **more)
+    script.autocast = lambda model: torch.autocast("cpu", torch.bfloat16)
+    script.load_teacher = lambda *args: load(*args).bfloat16()
+
+
 def run_fixed(name, arguments, gradients, fault=""):
     """A script's main on fixed rollouts; the whole gradient of every update into a file."""
     script, found = importlib.import_module(name), []
     clip, calls = script.clip_grad_norm_, []
+    if fault == "bf16":
+        as_on_gpus(script)
 
     def spy(parameters, norm):
         parameters = list(parameters)
@@ -70,6 +81,8 @@ def run_fixed(name, arguments, gradients, fault=""):
         calls.append(1)
         if fault == "killed" and RANK == 1 and len(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "bf16":  # decodes in it, for the errors alone
+            originals["rollout"](*args)
         return fixed_rollout(*args)
 
     originals = {key: getattr(script, key, None) for key in ("rollout", "grade", "clip_grad_norm_")}
@@ -153,6 +166,19 @@ def test_two_processes_have_the_gradient_of_one(name, runs):
         # Later steps start from weights that have gone through Adam, which divides small by small.
         assert float((a - b).norm() / a.norm()) < (1e-5 if step == 0 else 1e-3), step
     assert float(one[0].norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_compute_in_bf16_as_on_gpus(name, runs, tmp_path):
+    """The same gradient, but for rounding; weights, gradients and files stay fp32."""
+    (tmp_path / "val.jsonl").write_bytes((runs[name][0].parent / "val.jsonl").read_bytes())
+    done = torchrun(name, arguments_of(name, tmp_path / "run", 1), tmp_path / "g.pt", "bf16")
+    assert done.returncode == 0, done.stderr
+    exact, (gradient,) = runs[name][2][0], torch.load(tmp_path / "g.pt", weights_only=True)
+    assert 1e-3 < float((gradient - exact).norm() / exact.norm()) < 0.15
+    assert gradient.dtype == torch.float32
+    with safe_open(tmp_path / "run/final/model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.float32}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
