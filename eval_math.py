@@ -298,9 +298,9 @@ class KVLayer(DynamicLayer):
         self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
 
 
-def pad_left(prompts, device):
-    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+def pad_left(texts, device):
+    """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 

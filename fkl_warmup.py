@@ -249,9 +249,9 @@ class KVLayer(DynamicLayer):
         self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
 
 
-def pad_left(prompts, device):
-    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+def pad_left(texts, device):
+    """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
@@ -341,29 +341,29 @@ def autocast(model):
 
 
 def score(model, prompts, completion_ids, mask):
-    """The logits that each completion token was drawn from, (n, T, V)."""
-    prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (n, P + T)
-    attention = torch.cat([prompt_mask, mask.long()], dim=1)
+    """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
+    rows = zip(prompts, completion_ids, mask, strict=True)
+    texts = [prompt + ids[keep].tolist() for prompt, ids, keep in rows]
+    ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
-    before = torch.arange(ids.shape[1], device=model.device)[prompt_ids.shape[1] - 1 : -1]
+    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
 def micro_batches(rows, prompts, completion_ids, mask, args):
-    """--micro-batch rows at a time, sorted by length so that little is padded."""
-    lengths = mask.sum(1)
+    """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
+    lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, which then counts 0.
+    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         counts = number < len(parts)
         part = parts[number] if counts else rows.new_zeros(1)
-        longest = int(lengths[part].max())
         own = [prompts[i] for i in part.tolist()]
-        yield part, own, completion_ids[part, :longest], mask[part, :longest] & counts
+        ids, keep = pad_left([completion_ids[i][mask[i] & counts] for i in part], mask.device)
+        yield part, own, ids, keep.bool()  # (n, T)
 
 
 # --- loss -----------------------------------------------------------------------------------------

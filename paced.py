@@ -338,9 +338,9 @@ class KVLayer(DynamicLayer):
         self.keys, self.values = self.room[:, :, :, : self.get_seq_length()]
 
 
-def pad_left(prompts, device):
-    """prompt_ids and their mask, (n, P); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], True, -1, "left")
+def pad_left(texts, device):
+    """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
+    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
@@ -406,29 +406,29 @@ def autocast(model):
 
 
 def score(model, prompts, completion_ids, mask):
-    """The logits that each completion token was drawn from, (n, T, V)."""
-    prompt_ids, prompt_mask = pad_left(prompts, model.device)  # (n, P)
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (n, P + T)
-    attention = torch.cat([prompt_mask, mask.long()], dim=1)
+    """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
+    rows = zip(prompts, completion_ids, mask, strict=True)
+    texts = [prompt + ids[keep].tolist() for prompt, ids, keep in rows]
+    ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
-    before = torch.arange(ids.shape[1], device=model.device)[prompt_ids.shape[1] - 1 : -1]
+    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
 def micro_batches(rows, prompts, completion_ids, mask, args):
-    """--micro-batch rows at a time, sorted by length so that little is padded."""
-    lengths = mask.sum(1)
+    """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
+    lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, which then counts 0.
+    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         counts = number < len(parts)
         part = parts[number] if counts else rows.new_zeros(1)
-        longest = int(lengths[part].max())
         own = [prompts[i] for i in part.tolist()]
-        yield part, own, completion_ids[part, :longest], mask[part, :longest] & counts
+        ids, keep = pad_left([completion_ids[i][mask[i] & counts] for i in part], mask.device)
+        yield part, own, ids, keep.bool()  # (n, T)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -495,13 +495,14 @@ def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, directio
 def validate(student, teacher, problems, args):
     """The KL that the schedule ends with, unweighted, always with the same noise."""
     rng, direction = np.random.default_rng([args.seed, 1, RANK]), direction_at(args.steps, args)
+    prompts = [p["ids"] for p in problems[RANK::WORLD]]
     problems = problems[RANK::WORLD]
     completion_ids, mask, _ = sample(student, teacher, problems, direction, 1, rng, args)
-    rows, kl_sum = torch.arange(len(problems), device=student.device), 0.0
+    rows, kl_sum = torch.arange(len(prompts), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
-        for _, own, ids, keep in micro_batches(rows, problems, completion_ids, mask, args):
-            logits = both_logits(student, teacher, own, ids, keep)
+        for part, _, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+            logits = both_logits(student, teacher, [problems[i] for i in part], ids, keep)
             kl_sum += float(softmax_kl(*logits, direction, args.temperature, keep).sum())
             del logits
     kl, tokens = total(kl_sum, int(mask.sum()))
@@ -724,6 +725,7 @@ def train(args, context):
         rng, direction = np.random.default_rng([args.seed, 2, step, RANK]), direction_at(step, args)
         completion_ids, mask, clipped = sample(model, teacher, batch, direction, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        prompts = [problem["ids"] for problem in batch]
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
@@ -737,9 +739,9 @@ def train(args, context):
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages gradients
-        for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
+        for part, _, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
             # 3 score
-            logits = both_logits(model, teacher, own, ids, keep)
+            logits = both_logits(model, teacher, [batch[i] for i in part], ids, keep)
             # 4 loss
             loss, kl = distil_loss(*logits, weight[part], keep, n_tokens, direction, args)
             del logits  # else they would live on beside those of the next part
