@@ -11,7 +11,8 @@ and scores a step's rollouts at once (--trl-micro-batch); a round's first step i
 
 grpo.py trains the pocket teacher. opd.py has the models that bridge.py hands it, a teacher after RL
 and a student after the warmup, which are made first: the pocket student itself writes six tokens a
-problem, so that a step would hardly be more than its overheads.
+problem, so that a step would hardly be more than its overheads. Its rollouts are as many as
+grpo.py's, and then those of its own pocket preset.
 """
 
 import argparse
@@ -49,10 +50,11 @@ parser.add_argument("--steps", type=int, default=4, help="the timed steps of a r
 parser.add_argument("--lr", type=float, default=3e-4, help="constant; low: lengths stay alike")
 parser.add_argument("--trl-micro-batch", type=int, default=256)
 parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not those of the clock")
-SETTINGS = {  # problems, how many of them a step, completions of each
-    grpo: ("tiny/train.jsonl", 32, 8),
-    opd: ("tiny/prompts.jsonl", 128, 1),
-}
+CASES = [  # problems, how many of them a step, completions of each
+    (grpo, "tiny/train.jsonl", 32, 8),
+    (opd, "tiny/prompts.jsonl", 32, 8),
+    (opd, "tiny/prompts.jsonl", 128, 1),
+]
 
 
 @contextlib.contextmanager
@@ -83,8 +85,8 @@ def recipe_models(folder):
     return f"{teacher}/best", f"{student}/final"
 
 
-def ours(script, model, teacher, seed, args, now):
-    data, prompts, group = SETTINGS[script]
+def ours(case, model, teacher, seed, args, now):
+    script, data, prompts, group = case
     begins, rollout = [], script.rollout
 
     def clocked(*arguments):
@@ -110,8 +112,8 @@ def ours(script, model, teacher, seed, args, now):
     return timed(begins[1:-1], [line["length"] for line in lines], signals)
 
 
-def theirs(script, model, teacher, seed, args, now):
-    data, prompts, group = SETTINGS[script]
+def theirs(case, model, teacher, seed, args, now):
+    script, data, prompts, group = case
     begins, steps = [], args.steps + 2
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = dict(prompt_suffix="", thinking=False, max_new_tokens=args.max_new_tokens)
@@ -144,7 +146,8 @@ def theirs(script, model, teacher, seed, args, now):
             options |= dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, delta=10.0)
             config = GRPOConfig(str(folder), num_generations=group, beta=0.0, **options)
             trainer = GRPOTrainer(model, reward, config, **common)
-        else:  # beta 1 is the reverse KL
+        else:  # beta 1 is the reverse KL; a prompt is answered as often as it stands there
+            common["train_dataset"] = Dataset.from_list([r for r in rows for _ in range(group)])
             config = DistillationConfig(str(folder), beta=1.0, **options)
             trainer = DistillationTrainer(model, teacher, config, **common)
         trainer.train()
@@ -153,15 +156,15 @@ def theirs(script, model, teacher, seed, args, now):
     return timed(begins, [line["completions/mean_length"] for line in lines], signals)
 
 
-def compare(script, model, teacher, args, now):
+def compare(case, model, teacher, args, now):
     """Prints a line for each side, and how many times their seconds are ours."""
-    _, prompts, group = SETTINGS[script]
+    script, _, prompts, group = case
     rows = prompts * group
-    print(f"{script.__name__}.py: {rows} rollouts of at most {args.max_new_tokens}")
+    print(f"{script.__name__}.py: {prompts} x {group} rollouts of at most {args.max_new_tokens}")
     measured = {ours: [], theirs: []} if trl else {ours: []}
     for seed, (run, steps) in itertools.product(range(args.rounds), measured.items()):
         grpo.same_answer.cache_clear()
-        steps += run(script, model, teacher, seed, args, now)
+        steps += run(case, model, teacher, seed, args, now)
     for run, steps in measured.items():
         seconds, lengths, signals = zip(*steps, strict=True)
         speed = statistics.median(rows * n / s for s, n, _ in steps)
@@ -180,11 +183,13 @@ def main():
     now = time.process_time if args.cpu_time else time.monotonic
     unit, version = "CPU seconds" if args.cpu_time else "seconds", trl and trl.__version__
     print(f"{unit} a step, {torch.get_num_threads()} threads, TRL: {version}")
-    compare(grpo, "tiny/teacher", None, args, now)
+    of_grpo, *of_opd = CASES
+    compare(of_grpo, "tiny/teacher", None, args, now)
     with tempfile.TemporaryDirectory() as folder:
         with quiet():
             teacher, student = recipe_models(Path(folder))
-        compare(opd, student, teacher, args, now)
+        for case in of_opd:
+            compare(case, student, teacher, args, now)
     if not trl:
         print("for TRL's trainers beside them: pip install -U trl (measured with 1.16)")
 

@@ -277,7 +277,8 @@ def test_each_completion_meets_its_own_prompt_and_answer(monkeypatch, data, tmp_
         return grade(tokenizer, ids, mask, golds)
 
     def spy_score(model, prompts, ids, mask):
-        scored.extend((asked[int(i)], prompt) for i, prompt in zip(ids[:, 0], prompts, strict=True))
+        firsts = [int(row[keep][0]) for row, keep in zip(ids, mask, strict=True)]
+        scored.extend((asked[i], prompt) for i, prompt in zip(firsts, prompts, strict=True))
         return score(model, prompts, ids, mask)
 
     for name, spy in (("rollout", spy_rollout), ("grade", spy_grade), ("score", spy_score)):
@@ -372,6 +373,10 @@ def test_the_end_token_carries_gradient_and_nothing_behind_it(teacher, tokenizer
     end = tokenizer.eos_token_id
     ids = torch.tensor([[5, end, 7, 7], [5, 6, 7, end]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    two = types.SimpleNamespace(micro_batch=2)
+    ((part, own, ids, mask),) = grpo.micro_batches(torch.arange(2), prompts, ids, mask, two)
+    assert part.tolist() == [0, 1] and own == prompts
+    assert ids.tolist() == [[0, 0, 5, end], [5, 6, 7, end]]
     logits = grpo.score(teacher, prompts, ids, mask)
     logits.retain_grad()
     logp = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
@@ -392,6 +397,15 @@ def sample(model, prompts, group=1, seed=0, **settings):
     settings = {"rollout_batch": 1000, "max_new_tokens": 48, "temperature": 1.0} | settings
     args = types.SimpleNamespace(**settings)
     return grpo.rollout(model, prompts, group, np.random.default_rng(seed), args)
+
+
+@torch.no_grad()
+def scored_rows(model, prompts, completion_ids, mask):
+    """Of each completion the logits of its own tokens, (its length, V)."""
+    own = [ids[keep] for ids, keep in zip(completion_ids, mask, strict=True)]
+    ids, keep = grpo.pad_left(own, "cpu")
+    logits = grpo.score(model, prompts, ids, keep.bool())
+    return [row[-len(text) :] for row, text in zip(logits, own, strict=True)]
 
 
 def test_greedy_decoding_equals_generate(teacher, tokenizer, monkeypatch):
@@ -437,12 +451,11 @@ def test_what_is_sampled_is_what_is_scored(teacher, tokenizer, monkeypatch):
     monkeypatch.setattr(grpo, "choose", lambda z, *rest: seen.append(z) or choose(z, *rest))
     prompts = prompt_ids_of(tokenizer, ["4+5", "12+3+4+9+9+9", "66+1+2+3+4"])
     completion_ids, mask, _ = sample(teacher, prompts, max_new_tokens=6)
-    with torch.no_grad():
-        scored = grpo.score(teacher, prompts, completion_ids, mask)
+    scored = scored_rows(teacher, prompts, completion_ids, mask)
     for t, drawn in enumerate(seen):
         if len(drawn) == len(prompts):  # until a finished row leaves the batch
-            both = mask[:, t]
-            assert torch.allclose(drawn[both], scored[both, t], atol=1e-4)
+            for i in mask[:, t].nonzero()[:, 0].tolist():
+                assert torch.allclose(drawn[i], scored[i][t], atol=1e-4)
     assert len(seen[1]) == len(prompts)
 
 
@@ -468,27 +481,49 @@ def test_any_causal_model_is_sampled_and_scored(config, monkeypatch):
     drawn, choose = [], grpo.choose
     monkeypatch.setattr(grpo, "choose", lambda z, *rest: drawn.append(z) or choose(z, *rest))
     ids, mask, _ = grpo.rollout(model, prompts, 2, np.random.default_rng(0), args)
+    scored = scored_rows(model, [p for p in prompts for _ in range(2)], ids, mask)
     with torch.no_grad():
-        scored = grpo.score(model, [p for p in prompts for _ in range(2)], ids, mask)
         alone = model(torch.cat([torch.tensor([[8, 9]]), ids[2:3, mask[2]]], 1)).logits[0, 1:-1]
-    assert torch.allclose(scored[2, mask[2]], alone, atol=1e-4)
+    assert torch.allclose(scored[2], alone, atol=1e-4)
     assert len(drawn[1]) == 4  # all are still there: of the prefill and of the step after it
     for t in range(2):  # GPT-2 is the one that tells a wrong position
-        assert torch.allclose(drawn[t], scored[:, t], atol=1e-4)
+        assert torch.allclose(drawn[t], torch.stack([z[t] for z in scored]), atol=1e-4)
 
 
 def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
     prompts = prompt_ids_of(tokenizer, [problem for problem, _ in PROBLEMS])
     completion_ids, mask, _ = sample(teacher, prompts)
-    with torch.no_grad():
-        batched = grpo.score(teacher, prompts, completion_ids, mask)
-        for i, prompt in enumerate(prompts):
-            length = int(mask[i].sum())
-            row = completion_ids[i : i + 1, :length]
-            # Not through our own padding: the model alone, on the plain sequence.
+    batched = scored_rows(teacher, prompts, completion_ids, mask)
+    for i, prompt in enumerate(prompts):
+        row = completion_ids[i : i + 1, mask[i]]
+        # Not through our own padding: the model alone, on the plain sequence.
+        with torch.no_grad():
             alone = teacher(torch.cat([torch.tensor([prompt]), row], 1)).logits
-            alone = alone[0, len(prompt) - 1 : -1]
-            assert torch.allclose(batched[i, :length], alone, atol=1e-4)
+        assert torch.allclose(batched[i], alone[0, len(prompt) - 1 : -1], atol=1e-4)
+
+
+def test_a_micro_batch_is_as_wide_as_its_longest_text(teacher, monkeypatch):
+    """Padding stands in front of all; a prompt and a completion that are long need not meet."""
+    lengths = [(9, 2), (2, 9), (6, 5), (5, 1), (3, 3), (1, 4)]  # of prompt and completion
+    prompts, widths = [[5] * p for p, _ in lengths], []
+    mask = torch.arange(9) < torch.tensor([[t] for _, t in lengths])
+    completion_ids = torch.randint(5, 15, mask.shape)  # what is behind an end is anything
+    forward, three = teacher.forward, types.SimpleNamespace(micro_batch=3)
+
+    def spy(ids, **options):
+        widths.append(ids.shape)
+        return forward(ids, **options)
+
+    monkeypatch.setattr(teacher, "forward", spy)
+    rows, seen = torch.arange(6), []
+    for part, own, ids, keep in grpo.micro_batches(rows, prompts, completion_ids, mask, three):
+        assert own == [prompts[i] for i in part]
+        for i, row, kept in zip(part.tolist(), ids, keep, strict=True):
+            assert kept.tolist() == sorted(kept.tolist())  # the completion is at the end
+            assert row[kept].tolist() == completion_ids[i][mask[i]].tolist()
+        assert grpo.score(teacher, own, ids, keep).shape[:2] == ids.shape
+        seen += part.tolist()
+    assert sorted(seen) == list(range(6)) and widths == [(3, 6), (3, 11)]
 
 
 def test_choose_follows_the_softmax_at_the_temperature():

@@ -348,7 +348,7 @@ def test_each_model_is_scored_after_its_own_prompt():
     texts = [("37+8+5", "(50)37+8+5"), ("4+5", "(9)4+5"), ("7+7", "7+7")]
     rows = [[tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"] for t in two] for two in texts]
     problems = [{"ids": own, "teacher_ids": theirs} for own, theirs in rows]
-    ids, mask = torch.randint(5, 15, (3, 6)), torch.arange(6) < torch.tensor([[6], [2], [4]])
+    ids, mask = torch.randint(5, 15, (3, 6)), torch.arange(6) >= torch.tensor([[0], [4], [2]])
     with torch.no_grad():
         both = paced.both_logits(student, teacher, problems, ids * mask, mask)
         models = zip((student, teacher), ("ids", "teacher_ids"), both, strict=True)

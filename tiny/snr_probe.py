@@ -81,8 +81,9 @@ def problem_gradients(student, teacher, problems, direction, group, rng, args):
     weights = list(student.parameters())
     gradients = torch.empty(len(problems), sum(weight.numel() for weight in weights))
     for i, problem in enumerate(tqdm(problems, f"{direction} gradients", leave=False, delay=2)):
-        longest = int(mask[i].sum(1).max())
-        ids, keep = completion_ids[i][:, :longest], mask[i][:, :longest]
+        texts = [ids[keep] for ids, keep in zip(completion_ids[i], mask[i], strict=True)]
+        ids, keep = paced.pad_left(texts, mask[i].device)  # all end together, as score() wants it
+        keep = keep.bool()
         logits = paced.both_logits(student, teacher, [problem] * group, ids, keep)
         # The sum over tokens: Eq. 3 of paced.py divides by the tokens of the whole update, a number
         # that its problems share. A token mean of its own would make short answers weigh like long.
