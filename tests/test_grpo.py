@@ -526,6 +526,22 @@ def test_a_micro_batch_is_as_wide_as_its_longest_text(teacher, monkeypatch):
     assert sorted(seen) == list(range(6)) and widths == [(3, 6), (3, 11)]
 
 
+def test_a_micro_batch_for_the_others_sake_has_a_gradient_of_zero(teacher, monkeypatch):
+    """FSDP2 works on all ranks at once: who has fewer micro-batches scores a text of no tokens."""
+    monkeypatch.setattr(grpo, "gather", lambda count: [count, count + 1])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    rows, two = torch.arange(2), types.SimpleNamespace(micro_batch=2)
+    parts = list(grpo.micro_batches(rows, [[5, 6], [7]], torch.full((2, 4), 8), mask, two))
+    (*_, keep), (part, own, ids, no) = parts
+    assert keep.sum() == 8 and part.tolist() == [0] and own == [[5, 6]] and no.shape == (1, 0)
+    logits = grpo.score(teacher, own, ids, no)
+    logp, entropy = grpo.token_logprob(logits, ids, inplace_backward=True)
+    teacher.zero_grad()
+    grpo.policy_loss(logp, logp.detach(), torch.ones(1, 1), no, 8).backward()
+    assert entropy.shape == (1, 0)
+    assert all((p.grad == 0).all() for p in teacher.parameters())
+
+
 def test_choose_follows_the_softmax_at_the_temperature():
     logits = torch.tensor([2.0, 1.0, -float("inf"), 0.0]).expand(40_000, 4)
     noise = torch.from_numpy(np.random.default_rng(0).random(40_000))
