@@ -622,6 +622,7 @@ def train(args, context):
             return show(tokenizer, completion_ids[row][mask[row]], advantage[row], "advantage")
 
         # 3 score: pi_old, where several updates share the rollouts; pi itself just before its loss
+        # As in a micro-batch, a completion stands at the right end of its row.
         logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
         if args.updates_per_step > 1:
             for part, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
