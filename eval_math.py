@@ -39,10 +39,9 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub import hf_hub_download
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils import rnn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -300,7 +299,7 @@ class KVLayer(DynamicLayer):
 
 def pad_left(texts, device):
     """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
+    ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 

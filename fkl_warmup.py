@@ -37,14 +37,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils import clip_grad_norm_, rnn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer
 
 from kernels import softmax_kl
 
@@ -158,7 +155,7 @@ def total(*numbers):
 def shard(model):
     """FSDP2: of every weight, gradient and moment each process keeps its share."""
     if WORLD > 1:
-        on = init_device_mesh(model.device.type, (WORLD,))
+        on = dist.init_device_mesh(model.device.type, (WORLD,))
         compute = torch.bfloat16 if model.device.type == "cuda" else None
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for layer in [*model.model.layers, model]:  # whole from a forward pass to its gradient
@@ -251,7 +248,7 @@ class KVLayer(DynamicLayer):
 
 def pad_left(texts, device):
     """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
+    ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
@@ -329,7 +326,7 @@ def read_rollouts(tokenizer, args, context):
 def replay(batch, model):
     """What rollout() would return, from the stored completions."""
     rows = [torch.tensor(p["row"]["completion_ids"], device=model.device) for p in batch]
-    ids = pad_sequence(rows, True, -1)
+    ids = rnn.pad_sequence(rows, True, -1)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
     return ids.clamp(min=0), ids >= 0, ~torch.isin(ids, eos_ids).any(1)
 

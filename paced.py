@@ -44,14 +44,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils import clip_grad_norm_, rnn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer
 
 from kernels import softmax_kl
 
@@ -177,7 +174,7 @@ def total(*numbers):
 def shard(model):
     """FSDP2: of every weight, gradient and moment each process keeps its share."""
     if WORLD > 1:
-        on = init_device_mesh(model.device.type, (WORLD,))
+        on = dist.init_device_mesh(model.device.type, (WORLD,))
         compute = torch.bfloat16 if model.device.type == "cuda" else None
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for layer in [*model.model.layers, model]:  # whole from a forward pass to its gradient
@@ -340,7 +337,7 @@ class KVLayer(DynamicLayer):
 
 def pad_left(texts, device):
     """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
-    ids = pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
+    ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
