@@ -136,12 +136,11 @@ INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, 
 
 def start_processes(device):
     """Under torchrun: finds the others, and leaves the talking to rank 0."""
-    if WORLD > 1 and device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
         torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
