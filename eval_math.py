@@ -44,7 +44,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer
 
 # --- arguments ------------------------------------------------------------------------------------
-
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 QWEN = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
 BENCHMARKS = {  # data set on the hub; its JSONL file, or its configuration and split

@@ -53,7 +53,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache,
 from kernels import softmax_kl
 
 # --- arguments ------------------------------------------------------------------------------------
-
 DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FLAGS = [  # name, tiny preset, paper preset, least value, meaning
