@@ -784,10 +784,9 @@ def train(args, context):
         shown = {key: f"{line[key]:.2f}" for key in shown if line[key] is not None}
         bar.set_postfix(shown, tok_s=f"{tokens / seconds:.0f}")
         if step == first_step:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak *= 1 if sys.platform == "darwin" else 1024
-            peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak
-            bar.write(f"peak memory: {peak / 1e9:.2f} GB")
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # of the process
+            bar.write(f"peak memory: {(torch.cuda.max_memory_allocated() or peak) / 1e9:.2f} GB")
         if line["clipped"] > 0.5:
             bar.write(f"step {step + 1}: over half of the completions are cut: --max-new-tokens")
     save(out / "final", model, tokenizer)
