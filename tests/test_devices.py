@@ -82,6 +82,7 @@ def gpu(monkeypatch):
     """A GPU that torch believes in."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", CUDNN.append)
     CUDNN.clear()
     for name in ("triton_kl", "triton_logprob"):
