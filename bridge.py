@@ -296,7 +296,9 @@ def report(args, runs, val_labels):
             logs[name] = lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
             axis, signal, each = (reward, "reward", times) if script == RL else (kl, "kl", 1)
             axis.plot([r["step"] * each for r in lines], [r[signal] for r in lines], label=name)
+    paths = {"teacher": [name for name in ("TEACHER", "1-teacher-rl") if name in models]}
     for arm, steps in args.arms.items():
+        paths[arm] = ["STUDENT", *(step for step in steps if step not in paths["teacher"])]
         lines = [line for step in steps for line in logs[step]]
         sparse = [line for line in lines if line["kl"] is None]
         cost = {
@@ -308,9 +310,6 @@ def report(args, runs, val_labels):
             "minutes": sum(line["seconds"] for line in lines) / 60,
         }
         arms[arm] = {"steps": steps, **models[steps[-1]], "cost": cost}
-    paths = {"teacher": [name for name in ("TEACHER", "1-teacher-rl") if name in models]}
-    for arm, steps in args.arms.items():
-        paths[arm] = ["STUDENT", *(step for step in steps if step not in paths["teacher"])]
     for label, names in paths.items():
         tests = [models[name]["test"][args.test_data[0]] for name in names]
         accuracy.plot(names, [[*test.values()][0]["mean"] for test in tests], "o-", label=label)
