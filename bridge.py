@@ -244,8 +244,9 @@ def run_all(args, splits):
             name = f"eval/{model.lower()}-{Path(test).stem}"
             plan.append((name, EVAL, {"--model": model, "--data": test}))
     launcher = [sys.executable]
-    if args.nproc > 1:  # torchrun by its other name, for which no venv need be activated
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
+    if args.nproc > 1:
+        torchrun = Path(sys.executable).with_name("torchrun")  # a venv need not be activated
+        launcher = [str(torchrun) if torchrun.exists() else "torchrun", "--standalone"]
         launcher += ["--nproc-per-node", str(args.nproc), "--"]
     paths = {"TEACHER": args.teacher, "STUDENT": args.student, "1-teacher-rl": args.teacher}
     paths |= {name: f"{args.out}/data/{name.lower()}.jsonl" for name in splits}
