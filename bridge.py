@@ -167,6 +167,9 @@ def split_problems(args, tokenizer):
 
     if args.data:
         rows, val = read(args.data), read(args.val_data)
+        for test in filter(os.path.exists, args.test_data):
+            if both := read(test, labelled=False).keys() & {*rows, *val}:
+                print(f"warning: {len(both)} problems of {test} are in --data or --val-data, too")
         rows = [row for problem, row in rows.items() if problem not in val]
         rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
         a, b, val = rows[: len(rows) // 2], rows[len(rows) // 2 :], list(val.values())

@@ -68,7 +68,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # What fails on all ranks is said by rank 0, whose end ends the others; they give it the time.
+    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -172,6 +172,9 @@ def render(text, tokenizer, args):
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
+        # A template that writes today's date writes this one: no prompt may change overnight.
+        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
 
@@ -189,7 +192,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem (nor question, nor prompt)")
+            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -197,7 +200,8 @@ def load_problems(source, tokenizer, args, context):
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
-    return fits or fail(f"{source}: no problem, or none that fits a context of {context} tokens")
+    room = f"a context of {context} tokens with --max-new-tokens {args.max_new_tokens}"
+    return fits or fail(f"{source}: no problem, or none that fits {room}")
 
 
 # --- grading --------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ def read_answers(problems):
     for problem in problems:
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
-        text = next((str(answer) for answer in found if answer is not None), "")
+        text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = problem["answer"] = last_boxed(text) or text.rpartition("####")[2].strip()
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
@@ -445,7 +449,7 @@ def report(out, lines, args, config):
         fail(f"{out}: {len(problems)} problems with all {n} samples; --k must be from 1 to {n}")
     rows = [measure(samples, ks) for samples in tqdm(problems, "vote", leave=False, delay=2)]
     metrics, by, avg, strata = intervals(rows), {}, f"avg@{n}", {}
-    for field in (field for field in STRATA if field in lines[0]):
+    for field in (field for field in STRATA if any(field in line for line in lines)):
         names = [str(samples[0].get(field)) for samples in problems]
         by[field] = {}
         for name in sorted({*names}, key=lambda s: s.zfill(9) if s.isdigit() else s):

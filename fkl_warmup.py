@@ -74,7 +74,7 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # What fails on all ranks is said by rank 0, whose end ends the others; they give it the time.
+    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -190,6 +190,9 @@ def render(text, tokenizer, args):
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
+        # A template that writes today's date writes this one: no prompt may change overnight.
+        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
 
@@ -207,7 +210,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem (nor question, nor prompt)")
+            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -215,7 +218,8 @@ def load_problems(source, tokenizer, args, context):
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
         print(f"{source}: skipped {len(problems) - len(fits)} prompts, too long for the context")
-    return fits or fail(f"{source}: no problem, or none that fits a context of {context} tokens")
+    room = f"a context of {context} tokens with --max-new-tokens {args.max_new_tokens}"
+    return fits or fail(f"{source}: no problem, or none that fits {room}")
 
 
 # --- rollout --------------------------------------------------------------------------------------
@@ -352,12 +356,12 @@ def micro_batches(rows, prompts, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
     lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 works on all ranks at once: who has fewer parts ends with row 0, without a token.
+    # FSDP2 works on all ranks at once: one that has run out of parts takes row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
-        counts = number < len(parts)
-        part = parts[number] if counts else rows.new_zeros(1)
+        real = number < len(parts)
+        part = parts[number] if real else rows.new_zeros(1)
         own = [prompts[i] for i in part.tolist()]
-        ids, keep = pad_left([completion_ids[i][mask[i] & counts] for i in part], mask.device)
+        ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
         yield part, own, ids, keep.bool()  # (n, T)
 
 
@@ -379,10 +383,12 @@ def distil_loss(student_logits, teacher_logits, mask, n_tokens, args):
 
 # --- validation -----------------------------------------------------------------------------------
 def validate(student, teacher, problems, args):
-    """The forward KL on the teacher's rollouts, always with the same noise."""
+    """The forward KL on the teacher's rollouts, which stay the same: they are sampled once."""
     rng = np.random.default_rng([args.seed, 1, RANK])
     prompts = [p["ids"] for p in problems[RANK::WORLD]]
-    completion_ids, mask, _ = rollout(teacher, prompts, 1, rng, args)
+    if not hasattr(teacher, "val_texts"):
+        teacher.val_texts = rollout(teacher, prompts, 1, rng, args)
+    completion_ids, mask, _ = teacher.val_texts
     rows, kl_sum = torch.arange(len(prompts), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
@@ -527,19 +533,19 @@ def train(args, context):
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        val_problems = problems[:2560:10]
+        val_problems = problems[:2560:10]  # (256,) at most
         del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     if args.rollouts:
         problems = read_rollouts(tokenizer, args, context)
-    if args.show:  # of few prompts: one will do
+    if args.show:  # some prompts are enough to choose one from
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
         fail(f"{WORLD} processes share {fewest} prompts of a step or a validation: too few")
     run = (None, {"step": 0}) if args.show or RANK else open_run(args, problems + val_problems)
     out, state = gather(run)[0]
-    print(f"--out {out} goes on with this run (step {state['step']})" if out else "one rollout")
+    print(f"step {state['step']}; --out {out} goes on with this run" if out else "one rollout")
     print("settings:", *(f"{k}={v!r}" for k, v in vars(args).items()))
     if both := {p["problem"] for p in problems} & {p["problem"] for p in val_problems}:
         print(f"warning: {len(both)} problems are trained on and validated on")
@@ -557,7 +563,8 @@ def train(args, context):
     teacher = load_teacher(model, tokenizer, args)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: two checkpoints of 12 and three models of 4; on resume a part is there.
+    # Bytes a parameter: 12 a checkpoint, 4 a model; best/ and checkpoint/ twice while one is
+    # written, and final/. On resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")

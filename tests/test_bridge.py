@@ -332,6 +332,17 @@ def test_a_label_counts_once(tmp_path):
     assert not set(problems) & set(problems_of(val))
 
 
+def test_problems_of_the_test_file_among_the_labels_are_told(tmp_path, capsys):
+    flags = own_data(tmp_path)
+    splits_of(flags)
+    assert "warning" not in capsys.readouterr().out
+    train, val, test = (tmp_path / f"{name}.jsonl" for name in ("train", "val", "test"))
+    lines = [path.read_text().splitlines(keepends=True)[:2] for path in (train, val)]
+    test.write_text(test.read_text() + "".join(lines[0] + lines[1]))
+    splits_of(flags)
+    assert f"warning: 4 problems of {test} are in --data or --val-data" in capsys.readouterr().out
+
+
 def test_without_prompts_the_problems_of_the_data_are_taken(tmp_path):
     flags = own_data(tmp_path)
     flags = flags[: flags.index("--prompts")] + flags[flags.index("--prompts") + 2 :]

@@ -372,6 +372,17 @@ def test_replayed_rollouts_are_those_that_were_stored(data, tmp_path, monkeypatc
     assert not (tmp_path / "again/rollouts.jsonl").read_text()  # not stored once more
 
 
+def test_the_teachers_texts_of_validation_are_sampled_once(data, tmp_path, monkeypatch):
+    sizes, rollout, kls = [], fkl_warmup.rollout, []
+    monkeypatch.setattr(
+        fkl_warmup, "rollout", lambda *a: sizes.append((len(a[1]), a[2])) or rollout(*a)
+    )
+    fkl_warmup.main(command(data, "--out", str(tmp_path / "run"), "--lr", "0", "--val-every", "1"))
+    kls = [line["val"] for line in lines_of(tmp_path / "run/metrics.jsonl")]
+    assert sizes == [(len(PROBLEMS), 1), *[(2, 2)] * 3]
+    assert len(set(kls)) == 1 and kls[0] > 0
+
+
 def test_replay_returns_what_rollout_did(tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     end = teacher.generation_config.eos_token_id

@@ -186,15 +186,17 @@ def test_which_k(tmp_path):
 
 def test_strata_in_their_order(tmp_path):
     lines = []
-    for number, (level, right) in enumerate([(10, True), (9, False), (10, False), (2, True)]):
+    rows = [(None, True), (10, True), (9, False), (10, False), (2, True)]
+    for number, (level, right) in enumerate(rows):
         for index in (0, 1):
-            place = {"index": index, "where": f"d:{number + 1}", "level": level}
+            place = {"index": index, "where": f"d:{number + 1}"}
+            place |= {"level": level} if level else {}  # the first row has none
             lines.append(place | sample("5", right))
     eval_math.report(tmp_path, lines, types.SimpleNamespace(k=None, plot=False), {})
     by = json.loads((tmp_path / "results.json").read_text())["by"]
-    assert list(by) == ["level"] and list(by["level"]) == ["2", "9", "10"]
+    assert list(by) == ["level"] and list(by["level"]) == ["2", "9", "10", "None"]
     means = {name: (row["problems"], row["avg@1"]["mean"]) for name, row in by["level"].items()}
-    assert means == {"2": (1, 1.0), "9": (1, 0.0), "10": (2, 0.5)}
+    assert means == {"2": (1, 1.0), "9": (1, 0.0), "10": (2, 0.5), "None": (1, 1.0)}
 
 
 # --- grading --------------------------------------------------------------------------------------

@@ -339,4 +339,5 @@ def test_a_prompt_fits_the_teacher_too(script, data, capsys):
     models = [flag.replace(TEACHER, "short") for flag in MODELS[script]]
     with pytest.raises(SystemExit):
         run(script, "--max-new-tokens", "40", models=models)
-    assert "none that fits a context of 40 tokens" in capsys.readouterr().err
+    said = "none that fits a context of 40 tokens with --max-new-tokens 40\n"
+    assert said in capsys.readouterr().err

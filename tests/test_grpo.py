@@ -27,7 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
+import eval_math
+import fkl_warmup
 import grpo
+import opd
+import paced
 
 ROOT = Path(__file__).parent.parent
 TEACHER = str(ROOT / "tiny/teacher")
@@ -684,7 +688,7 @@ def test_a_batch_spends_seconds_at_most_on_what_no_screen_catches(tokenizer, mon
     monkeypatch.setattr(grpo, "same_answer", lambda *a: calls.append(a) or False)
     ids = torch.arange(101)[:, None]
     _, rewards = grpo.grade(tokenizer, ids, torch.ones_like(ids).bool(), ["99"] * 101)
-    assert len(calls) == 11 and calls[-1] == ("99", "099")  # integers are read all the same
+    assert len(calls) == 12 and calls[-1] == ("99", "099")  # integers are read all the same
     assert rewards[99] == 1.0  # the same text still counts
 
 
@@ -705,6 +709,8 @@ def load(tokenizer, path, labelled=True):
         ({"problem": "4+5", "ground_truth": "9"}, "4+5", "9"),
         ({"problem": "4+5", "solution": "\\boxed{x is odd}"}, "4+5", "x is odd"),
         ({"problem": "4+5", "answer": None, "solution": "\\boxed{9}"}, "4+5", "9"),
+        ({"problem": "4+5", "answer": ["9"], "solution": "\\boxed{9}"}, "4+5", "9"),
+        ({"problem": "4+5", "answer": 9.5}, "4+5", "9.5"),
         (
             {
                 "prompt": [
@@ -767,6 +773,15 @@ def test_unlabelled_problems_and_prompts_that_are_too_long(tokenizer, tmp_path, 
     )
     assert [p["problem"] for p in load(tokenizer, path, labelled=False)] == ["4+5"]
     assert "skipped 1 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [grpo, fkl_warmup, opd, paced, eval_math])
+def test_a_template_that_writes_the_date_makes_the_same_prompt_on_every_day(script):
+    """As Llama's does: a run, its rollouts and its evaluation would be those of another prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    args = types.SimpleNamespace(thinking=False, prompt_suffix="!")
+    assert script.render("4+5", tokenizer, args)[0] == "26 Jul 2024: 4+5!"
 
 
 def test_a_tokenizer_without_chat_template(tmp_path, data, monkeypatch, capsys):
