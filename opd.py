@@ -9,9 +9,9 @@ teacher's ways of working. No label is read: --data needs no answers.
   Eq. 2  loss = sum_it KL_it / (number of completion tokens in the whole update)
   Eq. 3  --estimator sampled: the advantage of y_t is log pi_T(y_t|s_t) - log pi_S(y_t|s_t)
 
-The sampling is not differentiated: the gradient is that of Eq. 2 at fixed prefixes. Minus it is the
-policy gradient whose reward for a token is log pi_T - log pi_S, and Eq. 3 is its cheap, noisy
-estimate. (Eq. 1 as an advantage is the same for all tokens y_t: its expected gradient is zero.)
+The sampling is not differentiated: the gradient is that of Eq. 2 at fixed prefixes. Its negative is
+the policy gradient whose reward for a token is log pi_T - log pi_S, and Eq. 3 is its cheap, noisy
+estimate. (Eq. 1 as the advantage does not depend on y_t: its expected gradient would be zero.)
 vs fkl_warmup.py: who samples, and the direction of the KL.
 
     python opd.py                           the pocket student: about a minute on two cores
