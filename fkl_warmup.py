@@ -339,10 +339,10 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
-def score(model, prompts, completion_ids, mask):
+def score(model, problems, completion_ids, mask, prompt="ids"):
     """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
-    rows = zip(prompts, completion_ids, mask, strict=True)
-    texts = [prompt + ids[keep].tolist() for prompt, ids, keep in rows]
+    rows = zip(problems, completion_ids, mask, strict=True)
+    texts = [problem[prompt] + ids[keep].tolist() for problem, ids, keep in rows]
     ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
@@ -352,25 +352,25 @@ def score(model, prompts, completion_ids, mask):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
-def micro_batches(rows, prompts, completion_ids, mask, args):
+def micro_batches(rows, problems, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
-    lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
+    lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
     # FSDP2 works on all ranks at once: one that has run out of parts takes row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
-        own = [prompts[i] for i in part.tolist()]
+        own = [problems[i] for i in part.tolist()]
         ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
         yield part, own, ids, keep.bool()  # (n, T)
 
 
 # --- loss -----------------------------------------------------------------------------------------
-def both_logits(student, teacher, prompts, ids, mask):
+def both_logits(student, teacher, problems, ids, mask):
     """The student's and the teacher's logits (n, T, V)."""
     with torch.no_grad():
-        theirs = score(teacher, prompts, ids, mask)
-    return score(student, prompts, ids, mask), theirs
+        theirs = score(teacher, problems, ids, mask)
+    return score(student, problems, ids, mask), theirs
 
 
 def distil_loss(student_logits, teacher_logits, mask, n_tokens, args):
@@ -385,14 +385,14 @@ def distil_loss(student_logits, teacher_logits, mask, n_tokens, args):
 def validate(student, teacher, problems, args):
     """The forward KL on the teacher's rollouts, which stay the same: they are sampled once."""
     rng = np.random.default_rng([args.seed, 1, RANK])
-    prompts = [p["ids"] for p in problems[RANK::WORLD]]
+    problems = problems[RANK::WORLD]
     if not hasattr(teacher, "val_texts"):
-        teacher.val_texts = rollout(teacher, prompts, 1, rng, args)
+        teacher.val_texts = rollout(teacher, [p["ids"] for p in problems], 1, rng, args)
     completion_ids, mask, _ = teacher.val_texts
-    rows, kl_sum = torch.arange(len(prompts), device=student.device), 0.0
+    rows, kl_sum = torch.arange(len(problems), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
-        for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+        for _, own, ids, keep in micro_batches(rows, problems, completion_ids, mask, args):
             logits = both_logits(student, teacher, own, ids, keep)
             kl_sum += float(softmax_kl(*logits, "forward", args.temperature, keep).sum())
             del logits
@@ -597,7 +597,6 @@ def train(args, context):
             own = [problem["ids"] for problem in batch]
             completion_ids, mask, clipped = rollout(teacher, own, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
-        prompts = [problem["ids"] for problem in batch]
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
@@ -611,7 +610,7 @@ def train(args, context):
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages gradients
-        for _, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+        for _, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
             # 3 score
             logits = both_logits(model, teacher, own, ids, keep)
             # 4 loss

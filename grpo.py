@@ -394,10 +394,10 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
-def score(model, prompts, completion_ids, mask):
+def score(model, problems, completion_ids, mask, prompt="ids"):
     """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
-    rows = zip(prompts, completion_ids, mask, strict=True)
-    texts = [prompt + ids[keep].tolist() for prompt, ids, keep in rows]
+    rows = zip(problems, completion_ids, mask, strict=True)
+    texts = [problem[prompt] + ids[keep].tolist() for problem, ids, keep in rows]
     ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
@@ -407,15 +407,15 @@ def score(model, prompts, completion_ids, mask):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
-def micro_batches(rows, prompts, completion_ids, mask, args):
+def micro_batches(rows, problems, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
-    lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
+    lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
     # FSDP2 works on all ranks at once: one that has run out of parts takes row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
-        own = [prompts[i] for i in part.tolist()]
+        own = [problems[i] for i in part.tolist()]
         ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
         yield part, own, ids, keep.bool()  # (n, T)
 
@@ -610,7 +610,6 @@ def train(args, context):
         rng = np.random.default_rng([args.seed, 2, step, RANK])
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
-        prompts = [problem["ids"] for problem in batch]
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade
@@ -628,7 +627,7 @@ def train(args, context):
         # at the left).
         logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
         if args.updates_per_step > 1:
-            for part, own, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+            for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
                 with torch.no_grad():
                     logp = token_logprob(score(model, own, ids, keep), ids, args.temperature)[0]
                 logp_old[part, mask.shape[1] - ids.shape[1] :] = logp
@@ -642,7 +641,7 @@ def train(args, context):
         turn = (torch.arange(n)[RANK::WORLD] * args.updates_per_step // n).repeat_interleave(group)
         for update in (rows[turn == i] for i in range(args.updates_per_step)):
             n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages gradients
-            for part, own, ids, keep in micro_batches(update, prompts, completion_ids, mask, args):
+            for part, own, ids, keep in micro_batches(update, batch, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)
                 # In place: the gradient overwrites the logits, so that nothing else may use them.
                 logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)

@@ -405,10 +405,10 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
-def score(model, prompts, completion_ids, mask):
+def score(model, problems, completion_ids, mask, prompt="ids"):
     """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
-    rows = zip(prompts, completion_ids, mask, strict=True)
-    texts = [prompt + ids[keep].tolist() for prompt, ids, keep in rows]
+    rows = zip(problems, completion_ids, mask, strict=True)
+    texts = [problem[prompt] + ids[keep].tolist() for problem, ids, keep in rows]
     ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
@@ -418,31 +418,40 @@ def score(model, prompts, completion_ids, mask):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
 
 
-def micro_batches(rows, prompts, completion_ids, mask, args):
+def micro_batches(rows, problems, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
-    lengths = mask.sum(1) + torch.tensor([len(prompt) for prompt in prompts], device=mask.device)
+    lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
     # FSDP2 works on all ranks at once: one that has run out of parts takes row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
-        own = [prompts[i] for i in part.tolist()]
+        own = [problems[i] for i in part.tolist()]
         ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
         yield part, own, ids, keep.bool()  # (n, T)
 
 
 # --- weights --------------------------------------------------------------------------------------
-def pass_rates(student, tokenizer, problems, rng, args):
+def pass_rates(student, tokenizer, problems, path, rng, args):
     """The share of right answers among --pass-rollouts of the student's own, for each problem."""
     rates, k, n = [], args.pass_rollouts, args.prompts_per_step
+    # It may take days: path keeps what there is, and a run that was killed goes on with that.
+    known = gather(json.loads(path.read_text()) if path and path.exists() else [])[0]
     # The pool may be large: as many problems at once as a step has, at least one a process.
     parts = np.array_split(problems, np.arange(n, len(problems) - WORLD + 1, n))
     for part in tqdm(parts, "pass rates", **INNER_BAR):
         own = np.array_split(part, WORLD)[RANK]
+        if len(rates) < len(known):
+            rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # as the rollout had
+            rates = known[: len(rates) + len(part)]
+            continue
         completion_ids, mask, _ = rollout(student, [p["ids"] for p in own], k, rng, args)
         golds = [p["answer"] for p in own for _ in range(k)]
         rewards = grade(tokenizer, completion_ids, mask, golds)[1]
         rates += np.concatenate(gather(np.reshape(rewards, (-1, k)).mean(1))).tolist()
+        if path and RANK == 0:
+            path.with_suffix(".new").write_text(json.dumps(rates))
+            path.with_suffix(".new").replace(path)
     return rates
 
 
@@ -471,16 +480,15 @@ def direction_at(step, args):
 
 def sample(student, teacher, problems, direction, group, rng, args):
     """The teacher's completions for the forward KL, the student's for the reverse KL."""
-    if direction == "forward":
-        return rollout(teacher, [p["teacher_ids"] for p in problems], group, rng, args)
-    return rollout(student, [p["ids"] for p in problems], group, rng, args)
+    writer, prompt = (teacher, "teacher_ids") if direction == "forward" else (student, "ids")
+    return rollout(writer, [p[prompt] for p in problems], group, rng, args)
 
 
 def both_logits(student, teacher, problems, ids, mask):
     """The student's and the teacher's logits (n, T, V), each after its own prompt."""
     with torch.no_grad():
-        theirs = score(teacher, [p["teacher_ids"] for p in problems], ids, mask)
-    return score(student, [p["ids"] for p in problems], ids, mask), theirs
+        theirs = score(teacher, problems, ids, mask, "teacher_ids")
+    return score(student, problems, ids, mask), theirs
 
 
 def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, direction, args):
@@ -495,14 +503,13 @@ def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, directio
 def validate(student, teacher, problems, args):
     """The KL that the schedule ends with, unweighted, always with the same noise."""
     rng, direction = np.random.default_rng([args.seed, 1, RANK]), direction_at(args.steps, args)
-    prompts = [p["ids"] for p in problems[RANK::WORLD]]
     problems = problems[RANK::WORLD]
     completion_ids, mask, _ = sample(student, teacher, problems, direction, 1, rng, args)
-    rows, kl_sum = torch.arange(len(prompts), device=student.device), 0.0
+    rows, kl_sum = torch.arange(len(problems), device=student.device), 0.0
     student.eval()
     with torch.no_grad():
-        for part, _, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
-            logits = both_logits(student, teacher, [problems[i] for i in part], ids, keep)
+        for _, own, ids, keep in micro_batches(rows, problems, completion_ids, mask, args):
+            logits = both_logits(student, teacher, own, ids, keep)
             kl_sum += float(softmax_kl(*logits, direction, args.temperature, keep).sum())
             del logits
     kl, tokens = total(kl_sum, int(mask.sum()))
@@ -702,7 +709,8 @@ def train(args, context):
         due = weighted and step % (args.refresh_every or args.steps) == 0
         if due:
             rng = np.random.default_rng([args.seed, 3, step, RANK])
-            rates = pass_rates(model, tokenizer, problems, rng, args)
+            path = out and out / f"rates-{step}.json"
+            rates = pass_rates(model, tokenizer, problems, path, rng, args)
             state |= {"weighed": step, "pass_rate": rates}
         weights = problem_weight(np.array(state["pass_rate"]), args)  # (problems,)
         kept = weights.nonzero()[0]
@@ -711,8 +719,8 @@ def train(args, context):
             fail(f"{edge}; --overwrite this run with other --data or a larger --pass-rollouts")
         if len(kept) == 0:
             bar.write(f"the frontier is used up: after step {step} no problem has a weight left")
-            state["step"] = step  # the same command goes on here, and so ends again
-            save(out / "checkpoint", model, tokenizer, optimizer, state)
+            # The same command goes on here, and so ends again.
+            save(out / "checkpoint", model, tokenizer, optimizer, state | {"step": step})
             break
         ess = weights.sum() ** 2 / (weights**2).sum()
         if due:
@@ -726,7 +734,6 @@ def train(args, context):
         rng, direction = np.random.default_rng([args.seed, 2, step, RANK]), direction_at(step, args)
         completion_ids, mask, clipped = sample(model, teacher, batch, direction, group, rng, args)
         batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
-        prompts = [problem["ids"] for problem in batch]
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade: nothing, the teacher judges every token
@@ -740,9 +747,9 @@ def train(args, context):
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         kl_sum, n_tokens = 0.0, total(int(mask.sum()))[0] / WORLD  # FSDP2 averages gradients
-        for part, _, ids, keep in micro_batches(rows, prompts, completion_ids, mask, args):
+        for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
             # 3 score
-            logits = both_logits(model, teacher, [batch[i] for i in part], ids, keep)
+            logits = both_logits(model, teacher, own, ids, keep)
             # 4 loss
             loss, kl = distil_loss(*logits, weight[part], keep, n_tokens, direction, args)
             del logits  # else they would live on beside those of the next part
@@ -783,7 +790,7 @@ def train(args, context):
             with (out / file_name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step + 1} | item) + "\n" for item in lines)
                 state["bytes"][file_name] = file.tell()
-        if last or due or (step + 1) % args.save_every == 0:  # the rates may have taken hours
+        if last or (step + 1) % args.save_every == 0:
             state["step"] = step + 1
             save(out / "checkpoint", model, tokenizer, optimizer, state)
         shown = ("reward", "kl", "length", "clipped", "zero_variance")

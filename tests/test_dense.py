@@ -160,7 +160,7 @@ def test_at_the_teachers_own_weights_there_is_nothing_to_learn(script):
     prompt = tokenizer("<|user|>4+5<|assistant|>", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids).bool()
-    logits = script.both_logits(*models, [prompt], ids, mask)
+    logits = script.both_logits(*models, [{"ids": prompt}], ids, mask)
     loss, _ = loss_of(script, *logits, ids, mask)
     loss.backward()
     assert abs(float(loss.detach())) < 1e-6

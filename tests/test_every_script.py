@@ -71,13 +71,13 @@ def test_a_step_makes_likelier_what_did_better(data, monkeypatch):
     )
     run(grpo, "--lr", "1e-3", "--val-data", "data.jsonl")
     prompts, ids, mask, _ = drawn[1]  # after validation; the same rollouts, scored by each
-    prompts = [prompt for prompt in prompts for _ in range(2)]
+    problems = [{"ids": prompt} for prompt in prompts for _ in range(2)]
     ids, mask = grpo.pad_left([i[keep] for i, keep in zip(ids, mask, strict=True)], "cpu")
     gains = []
     for path in (TEACHER, "run/final"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():
-            logp = grpo.token_logprob(grpo.score(model, prompts, ids, mask.bool()), ids)[0]
+            logp = grpo.token_logprob(grpo.score(model, problems, ids, mask.bool()), ids)[0]
         each = (logp * mask).sum(1)
         gains.append(float((each[1::2] - each[::2]).sum()))
     assert gains[1] > gains[0]
@@ -146,6 +146,9 @@ def test_checkpointing_is_on_where_a_gradient_is_taken(script, data, monkeypatch
 def test_the_prompt_has_the_suffix_and_special_tokens_once(script):
     class Tokenizer:
         chat_template = "a template that writes its own special tokens"
+
+        def get_chat_template(self):
+            return self.chat_template
 
         def apply_chat_template(self, chat, **_):
             return f"<s>{chat[0]['content']}"

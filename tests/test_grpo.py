@@ -280,10 +280,10 @@ def test_each_completion_meets_its_own_prompt_and_answer(monkeypatch, data, tmp_
         graded.extend(zip(ids[:, 0].tolist(), golds, strict=True))
         return grade(tokenizer, ids, mask, golds)
 
-    def spy_score(model, prompts, ids, mask):
+    def spy_score(model, problems, ids, mask):
         firsts = [int(row[keep][0]) for row, keep in zip(ids, mask, strict=True)]
-        scored.extend((asked[i], prompt) for i, prompt in zip(firsts, prompts, strict=True))
-        return score(model, prompts, ids, mask)
+        scored.extend((asked[i], own["ids"]) for i, own in zip(firsts, problems, strict=True))
+        return score(model, problems, ids, mask)
 
     for name, spy in (("rollout", spy_rollout), ("grade", spy_grade), ("score", spy_score)):
         monkeypatch.setattr(grpo, name, spy)
@@ -373,15 +373,15 @@ def test_pi_old_is_scored_only_for_several_updates(monkeypatch, data):
 
 
 def test_the_end_token_carries_gradient_and_nothing_behind_it(teacher, tokenizer):
-    prompts = prompt_ids_of(tokenizer, ["4+5", "37+8+5"])
+    problems = [{"ids": ids} for ids in prompt_ids_of(tokenizer, ["4+5", "37+8+5"])]
     end = tokenizer.eos_token_id
     ids = torch.tensor([[5, end, 7, 7], [5, 6, 7, end]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     two = types.SimpleNamespace(micro_batch=2)
-    ((part, own, ids, mask),) = grpo.micro_batches(torch.arange(2), prompts, ids, mask, two)
-    assert part.tolist() == [0, 1] and own == prompts
+    ((part, own, ids, mask),) = grpo.micro_batches(torch.arange(2), problems, ids, mask, two)
+    assert part.tolist() == [0, 1] and own == problems
     assert ids.tolist() == [[0, 0, 5, end], [5, 6, 7, end]]
-    logits = grpo.score(teacher, prompts, ids, mask)
+    logits = grpo.score(teacher, problems, ids, mask)
     logits.retain_grad()
     logp = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     grpo.policy_loss(logp, logp.detach(), torch.tensor([[1.0], [-1.0]]), mask, 6).backward()
@@ -408,7 +408,7 @@ def scored_rows(model, prompts, completion_ids, mask):
     """Of each completion the logits of its own tokens, (its length, V)."""
     own = [ids[keep] for ids, keep in zip(completion_ids, mask, strict=True)]
     ids, keep = grpo.pad_left(own, "cpu")
-    logits = grpo.score(model, prompts, ids, keep.bool())
+    logits = grpo.score(model, [{"ids": prompt} for prompt in prompts], ids, keep.bool())
     return [row[-len(text) :] for row, text in zip(logits, own, strict=True)]
 
 
@@ -509,7 +509,7 @@ def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
 def test_a_micro_batch_is_as_wide_as_its_longest_text(teacher, monkeypatch):
     """Padding stands in front of all; a prompt and a completion that are long need not meet."""
     lengths = [(9, 2), (2, 9), (6, 5), (5, 1), (3, 3), (1, 4)]  # of prompt and completion
-    prompts, widths = [[5] * p for p, _ in lengths], []
+    problems, widths = [{"ids": [5] * p} for p, _ in lengths], []
     mask = torch.arange(9) < torch.tensor([[t] for _, t in lengths])
     completion_ids = torch.randint(5, 15, mask.shape)  # what is behind an end is anything
     forward, three = teacher.forward, types.SimpleNamespace(micro_batch=3)
@@ -520,8 +520,8 @@ def test_a_micro_batch_is_as_wide_as_its_longest_text(teacher, monkeypatch):
 
     monkeypatch.setattr(teacher, "forward", spy)
     rows, seen = torch.arange(6), []
-    for part, own, ids, keep in grpo.micro_batches(rows, prompts, completion_ids, mask, three):
-        assert own == [prompts[i] for i in part]
+    for part, own, ids, keep in grpo.micro_batches(rows, problems, completion_ids, mask, three):
+        assert own == [problems[i] for i in part]
         for i, row, kept in zip(part.tolist(), ids, keep, strict=True):
             assert kept.tolist() == sorted(kept.tolist())  # the completion is at the end
             assert row[kept].tolist() == completion_ids[i][mask[i]].tolist()
@@ -535,9 +535,10 @@ def test_a_micro_batch_for_the_others_sake_has_a_gradient_of_zero(teacher, monke
     monkeypatch.setattr(grpo, "gather", lambda count: [count, count + 1])
     mask = torch.ones(2, 4, dtype=torch.bool)
     rows, two = torch.arange(2), types.SimpleNamespace(micro_batch=2)
-    parts = list(grpo.micro_batches(rows, [[5, 6], [7]], torch.full((2, 4), 8), mask, two))
+    problems, completion_ids = [{"ids": [5, 6]}, {"ids": [7]}], torch.full((2, 4), 8)
+    parts = list(grpo.micro_batches(rows, problems, completion_ids, mask, two))
     (*_, keep), (part, own, ids, no) = parts
-    assert keep.sum() == 8 and part.tolist() == [0] and own == [[5, 6]] and no.shape == (1, 0)
+    assert keep.sum() == 8 and part.tolist() == [0] and own == problems[:1] and no.shape == (1, 0)
     logits = grpo.score(teacher, own, ids, no)
     logp, entropy = grpo.token_logprob(logits, ids, inplace_backward=True)
     teacher.zero_grad()
@@ -854,7 +855,8 @@ def test_without_out_every_run_is_a_new_one(tmp_path, data, monkeypatch, capsys)
     grpo.main(command(data, "--steps", "1"))
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("grpo-20")
-    assert capsys.readouterr().out.startswith(f"--out runs/{run.name} goes on")
+    first = f"step 0; --out runs/{run.name} goes on with this run"
+    assert capsys.readouterr().out.startswith(first)
 
 
 def test_two_runs_in_one_second_do_not_meet(tmp_path, data, monkeypatch, capsys):

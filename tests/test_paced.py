@@ -130,7 +130,7 @@ def test_the_weight_of_an_estimated_rate_is_too_low_by_1_over_k(rollouts, p, mon
         paced, "grade", lambda t, ids, mask, golds: (None, list(rng.random(len(golds)) < p))
     )
     args = types.SimpleNamespace(prompts_per_step=n // 3, pass_rollouts=rollouts)
-    estimates = paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * n, rng, args)
+    estimates = paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * n, None, rng, args)
     weight = beta_kernel()(estimates)
     expected = p * (1 - p) * (1 - 1 / rollouts)
     assert len(weight) == n
@@ -239,7 +239,7 @@ def test_a_pass_rate_is_the_share_of_right_rollouts(at_once):
     args = types.SimpleNamespace(pass_rollouts=6, prompts_per_step=at_once, **settings)
     problems = [{"ids": tokenizer(f"<|user|>{p}<|assistant|>")["input_ids"]} for p in PROBLEMS]
     rows = [p | {"answer": a} for p, a in zip(problems, PROBLEMS.values(), strict=True)]
-    rates = paced.pass_rates(student, tokenizer, rows, np.random.default_rng(1), args)
+    rates = paced.pass_rates(student, tokenizer, rows, None, np.random.default_rng(1), args)
     prompts, rng = [row["ids"] for row in rows], np.random.default_rng(1)
     ids, mask, _ = paced.rollout(student, prompts, 6, rng, args)
     texts = [tokenizer.decode(row[keep]) for row, keep in zip(ids, mask, strict=True)]
@@ -258,11 +258,11 @@ def test_the_rates_come_from_the_student_alone(monkeypatch, data, tmp_path):
         teacher.register_forward_hook(lambda *_: calls.append("teacher"))
         return teacher
 
-    def spy_estimate(student, tokenizer, problems, rng, args):
+    def spy_estimate(student, *rest):
         before = len(calls)
         with monkeypatch.context() as patch:
             patch.setattr(paced, "rollout", lambda *a: sizes.append((a[0], a[2])) or rollout(*a))
-            rates = estimate(student, tokenizer, problems, rng, args)
+            rates = estimate(student, *rest)
         during.append(len(calls) - before)
         assert sizes and all(asked == (student, 3) for asked in sizes)
         return rates
@@ -364,16 +364,20 @@ def test_the_teacher_is_the_frozen_start_model_and_alone_sees_the_answer(
     teachers, scored, asked, tokenizer = [], [], [], AutoTokenizer.from_pretrained(STUDENT)
     load, score, rollout = paced.load_teacher, paced.score, paced.rollout
 
-    def spy(seen, function):
-        def wrapper(model, prompts, *args):
-            seen.extend((model is teachers[-1], text) for text in map(tokenizer.decode, prompts))
-            return function(model, prompts, *args)
+    def note(seen, model, prompts):
+        seen.extend((model is teachers[-1], text) for text in map(tokenizer.decode, prompts))
 
-        return wrapper
+    def spy_score(model, problems, ids, mask, prompt="ids"):
+        note(scored, model, [problem[prompt] for problem in problems])
+        return score(model, problems, ids, mask, prompt)
+
+    def spy_rollout(model, prompts, *args):
+        note(asked, model, prompts)
+        return rollout(model, prompts, *args)
 
     monkeypatch.setattr(paced, "load_teacher", lambda *a: teachers.append(load(*a)) or teachers[-1])
-    monkeypatch.setattr(paced, "score", spy(scored, score))
-    monkeypatch.setattr(paced, "rollout", spy(asked, rollout))
+    monkeypatch.setattr(paced, "score", spy_score)
+    monkeypatch.setattr(paced, "rollout", spy_rollout)
     start = weights_of(AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32))
     out = tmp_path / "run"
     for steps in ("2", "4"):  # the second one resumes
@@ -449,23 +453,36 @@ def test_a_run_that_is_killed_between_two_refreshes_changes_no_bit(data, tmp_pat
 
 
 def test_rates_are_not_lost_to_a_kill(data, tmp_path, monkeypatch):
-    """They may have taken hours: the step after them ends with a checkpoint."""
-    calls, clip = [], paced.clip_grad_norm_
+    """They may take days: what there is when a run is killed is not estimated again."""
+    sizes, limit, rollout = [], [None], paced.rollout
 
     def deadly(*args):
-        if calls[-1] == "update":
+        if len(sizes) == limit[0]:
             raise Killed
-        calls.append("update")
-        return clip(*args)
+        sizes.append(len(args[1]))
+        return rollout(*args)
 
-    monkeypatch.setattr(paced, "pass_rates", lambda *a: calls.append("rates") or list(RATES))
-    arguments = taught(data, "--out", str(tmp_path / "run"), "--save-every", "100")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(paced, "clip_grad_norm_", deadly)
-        paced.main(arguments)
-    paced.main(arguments)
-    assert calls == ["rates", "update"]
-    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    def by_length(tokenizer, ids, mask, golds):
+        return None, [float(length % 2) for length in mask.sum(1).tolist()]
+
+    monkeypatch.setattr(paced, "rollout", deadly)
+    monkeypatch.setattr(paced, "grade", by_length)
+    more = "--prompts-per-step 2 --refresh-every 2 --save-every 100 --val-every 100".split()
+    whole = tmp_path / "whole"
+    paced.main(taught(data, "--out", str(whole), *more))
+    # Validation, rates, two steps; rates of two steps more; validation.
+    assert sizes == [5, *(2, 2, 1), 2, 2, *(2, 2, 1), 2, 2, 5]
+    for killed, again in (3, [5, 1, *sizes[4:]]), (8, [5, 2, 2, 1, 2, 2, 5]):
+        out, limit[0] = tmp_path / f"killed{killed}", killed
+        sizes.clear()
+        with pytest.raises(Killed):
+            paced.main(taught(data, "--out", str(out), *more))
+        limit[0] = None
+        sizes.clear()
+        paced.main(taught(data, "--out", str(out), *more))
+        assert sizes == again
+        for name in ("final/model.safetensors", "samples.jsonl", "rates-0.json", "rates-2.json"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("world, sizes", [(1, [4, 4, 1]), (2, [4, 5])])
@@ -473,9 +490,10 @@ def test_rates_are_estimated_a_step_of_problems_at_a_time(world, sizes, monkeypa
     """And none so small that a process would have no share."""
     split, found = np.array_split, []
     monkeypatch.setattr(paced, "WORLD", world)
+    monkeypatch.setattr(paced, "gather", lambda item: [item] * world)
     monkeypatch.setattr(np, "array_split", lambda *a: found.extend(map(len, split(*a))) or [])
     args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2)
-    paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * 9, None, args)
+    paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * 9, None, None, args)
     assert found == sizes
 
 

@@ -229,7 +229,7 @@ def probe(own, args, context):
     out.mkdir(parents=True, exist_ok=True)
 
     rng = np.random.default_rng([args.seed, 0])
-    rates = np.array(paced.pass_rates(student, tokenizer, problems, rng, args))
+    rates = np.array(paced.pass_rates(student, tokenizer, problems, None, rng, args))
     which, results, grams = bin_of(rates), {}, {}
     if np.bincount(which).max() < FEWEST:
         fail(f"no bin of pass rates holds {FEWEST} problems: take a longer --data")
