@@ -462,11 +462,11 @@ def test_rates_are_not_lost_to_a_kill(data, tmp_path, monkeypatch):
         sizes.append(len(args[1]))
         return rollout(*args)
 
-    def by_length(tokenizer, ids, mask, golds):
-        return None, [float(length % 2) for length in mask.sum(1).tolist()]
+    def even(tokenizer, ids, mask, golds):
+        return None, [float(total % 2 == 0) for total in (ids * mask).sum(1).tolist()]
 
     monkeypatch.setattr(paced, "rollout", deadly)
-    monkeypatch.setattr(paced, "grade", by_length)
+    monkeypatch.setattr(paced, "grade", even)
     more = "--prompts-per-step 2 --refresh-every 2 --save-every 100 --val-every 100".split()
     whole = tmp_path / "whole"
     paced.main(taught(data, "--out", str(whole), *more))
