@@ -503,16 +503,16 @@ def compare(one, other):
         fail(f"{one} and {other} are not known to be about the same problems: nothing to pair")
     pairs = [*zip(a["each"], b["each"], strict=True)]
     gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]
-    print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
     was, now = (run.get("settings", {}) for run in (a, b))
-    for key in (key for key in was if key != "model" and was[key] != now.get(key)):
-        print(f"not made alike: {key} {was[key]!r} and {now.get(key)!r}")
-    for name, gain in intervals(gains).items():
-        print("{:<8} {mean:+9.3f} ({low:+.3f} to {high:+.3f})".format(name, **gain))
     for a, b in pairs:
         if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # alone with the most votes
             side = "right" if b["maj"] > 0.5 else "wrong"
             print(f"{a['where']} became {side} by majority; avg {a['avg']:.2f} -> {b['avg']:.2f}")
+    print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
+    for key in (key for key in was if key != "model" and was[key] != now.get(key)):
+        print(f"not made alike: {key} {was[key]!r} and {now.get(key)!r}")
+    for name, gain in intervals(gains).items():
+        print("{:<8} {mean:+9.3f} ({low:+.3f} to {high:+.3f})".format(name, **gain))
 
 
 # --- main -----------------------------------------------------------------------------------------

@@ -628,6 +628,7 @@ def test_compare_is_paired(tmp_path, capsys):
     assert "d.jsonl:3 became right by majority; avg 0.20 -> 0.30" in printed
     assert "d.jsonl:8 became wrong by majority; avg 0.70 -> 0.80" in printed
     assert printed.count("d.jsonl") == 2
+    assert printed.index("d.jsonl:8") < printed.index("avg         +0.100")  # in sight
 
 
 def test_compare_of_two_runs(tmp_path, data, capsys):
