@@ -156,7 +156,8 @@ def split_problems(args, tokenizer):
     """{name: rows}: the labels of steps 1 and 3, those of validation, and problems without."""
 
     def read(path, labelled=True):
-        problems = grpo.load_problems(path, tokenizer, args.grpo, args.context)
+        context = args.context if labelled else float("inf")  # else who reads them skips
+        problems = grpo.load_problems(path, tokenizer, args.grpo, context)
         if labelled and not args.dry_run:  # said now: the step that needs it may be hours away
             print(f"{path}: reading {len(problems)} answers, 20 seconds a thousand if LaTeX")
             grpo.read_answers(problems)
@@ -167,7 +168,7 @@ def split_problems(args, tokenizer):
 
     if args.data:
         rows, val = read(args.data), read(args.val_data)
-        for test in filter(os.path.exists, args.test_data):
+        for test in filter(os.path.isfile, args.test_data):
             if both := read(test, labelled=False).keys() & {*rows, *val}:
                 print(f"warning: {len(both)} problems of {test} are in --data or --val-data, too")
         rows = [row for problem, row in rows.items() if problem not in val]

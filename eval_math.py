@@ -68,7 +68,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
+    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -173,7 +173,7 @@ def render(text, tokenizer, args):
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
         # A template that writes today's date writes this one: no prompt may change overnight.
-        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
@@ -192,7 +192,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
+            fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -248,7 +248,7 @@ def read_answers(problems):
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {text!r}")
+            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {found!r}")
 
 
 @lru_cache(maxsize=100_000)

@@ -81,7 +81,7 @@ MEASURE = "avg@G"  # of validation; best/ has the highest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
+    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -199,7 +199,7 @@ def render(text, tokenizer, args):
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
         # A template that writes today's date writes this one: no prompt may change overnight.
-        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
@@ -218,7 +218,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
+            fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -274,7 +274,7 @@ def read_answers(problems):
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {text!r}")
+            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {found!r}")
 
 
 @lru_cache(maxsize=100_000)
@@ -293,8 +293,8 @@ def grade(tokenizer, completion_ids, mask, golds):
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # Hostile answers take a second each: after ten, and one in a hundred, LaTeX is not read any
-        # more, as a step must not stall.
+        # Hostile answers take a second each. After ten and 1 % of all no more LaTeX is read, for a
+        # step not to stall.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.monotonic() - began > 0.5
@@ -558,7 +558,7 @@ def train(args, context):
         del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
     read_answers(problems + val_problems)
-    if args.show:  # some prompts are enough to choose one from
+    if args.show:  # one of a few will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
@@ -582,8 +582,8 @@ def train(args, context):
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 a checkpoint, 4 a model; best/ and checkpoint/ twice while one is
-    # written, and final/. On resume a part is there.
+    # Bytes a parameter: 12 a checkpoint, 4 a model; checkpoint/ and best/ each twice while written,
+    # final/ once. On resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")

@@ -76,7 +76,7 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
+    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -193,7 +193,7 @@ def render(text, tokenizer, args):
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
         # A template that writes today's date writes this one: no prompt may change overnight.
-        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
@@ -212,7 +212,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
+            fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -518,7 +518,7 @@ def train(args, context):
         val_problems = problems[:2560:10]  # (256,) at most
         del problems[:2560:10]
         print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
-    if args.show:  # some prompts are enough to choose one from
+    if args.show:  # one of a few will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
@@ -543,8 +543,8 @@ def train(args, context):
     teacher = load_teacher(model, tokenizer, args)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 a checkpoint, 4 a model; best/ and checkpoint/ twice while one is
-    # written, and final/. On resume a part is there.
+    # Bytes a parameter: 12 a checkpoint, 4 a model; checkpoint/ and best/ each twice while written,
+    # final/ once. On resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")

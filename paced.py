@@ -87,7 +87,7 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # All ranks fail alike: the others wait, so that rank 0 says it, once, and its end ends them.
+    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -210,7 +210,7 @@ def render(text, tokenizer, args):
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
         # A template that writes today's date writes this one: no prompt may change overnight.
-        dated = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+        dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return prompt, tokenizer(prompt, add_special_tokens=plain)["input_ids"]
@@ -229,7 +229,7 @@ def load_problems(source, tokenizer, args, context):
             text = re.sub(r"^Solve the following math problem[^\n]*\n+", "", text)
             text = re.sub(r"\n+Remember to put your answer on its own line[^\n]*$", "", text)
         if not text or not isinstance(text, str):
-            fail(f"{where}: no problem, question or prompt among {', '.join(row)}")
+            fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where there are no files of one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
@@ -285,7 +285,7 @@ def read_answers(problems):
         # A sentence would be read as a product of letters; what stands in a box is meant.
         prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
         if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {text!r}")
+            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {found!r}")
 
 
 @lru_cache(maxsize=100_000)
@@ -304,8 +304,8 @@ def grade(tokenizer, completion_ids, mask, golds):
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.monotonic()
-        # Hostile answers take a second each: after ten, and one in a hundred, LaTeX is not read any
-        # more, as a step must not stall.
+        # Hostile answers take a second each. After ten and 1 % of all no more LaTeX is read, for a
+        # step not to stall.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.monotonic() - began > 0.5
@@ -435,14 +435,14 @@ def micro_batches(rows, problems, completion_ids, mask, args):
 def pass_rates(student, tokenizer, problems, path, rng, args):
     """The share of right answers among --pass-rollouts of the student's own, for each problem."""
     rates, k, n = [], args.pass_rollouts, args.prompts_per_step
-    # It may take days: path keeps what there is, and a run that was killed goes on with that.
+    # It may take days: path keeps the rates so far, and a run that was killed goes on with them.
     known = gather(json.loads(path.read_text()) if path and path.exists() else [])[0]
     # The pool may be large: as many problems at once as a step has, at least one a process.
     parts = np.array_split(problems, np.arange(n, len(problems) - WORLD + 1, n))
     for part in tqdm(parts, "pass rates", **INNER_BAR):
         own = np.array_split(part, WORLD)[RANK]
-        if len(rates) < len(known):
-            rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # as the rollout had
+        if len(rates) + len(part) <= len(known):
+            rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # past what it drew
             rates = known[: len(rates) + len(part)]
             continue
         completion_ids, mask, _ = rollout(student, [p["ids"] for p in own], k, rng, args)
@@ -659,8 +659,8 @@ def train(args, context):
         hint = args.hint.replace("{answer}", problem["answer"]) if args.self else ""
         problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
         if len(problem["teacher_ids"]) + args.max_new_tokens > context:
-            fail(f"{problem['where']}: too long with its hint: delete it or lower --max-new-tokens")
-    if args.show:  # some prompts are enough to choose one from
+            fail(f"{problem['where']}: too long with its hint: drop the row, or --max-new-tokens")
+    if args.show:  # one of a few will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
@@ -686,8 +686,8 @@ def train(args, context):
     teacher = load_teacher(model, tokenizer, args)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 a checkpoint, 4 a model; best/ and checkpoint/ twice while one is
-    # written, and final/. On resume a part is there.
+    # Bytes a parameter: 12 a checkpoint, 4 a model; checkpoint/ and best/ each twice while written,
+    # final/ once. On resume a part is there.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
@@ -709,7 +709,8 @@ def train(args, context):
         due = weighted and step % (args.refresh_every or args.steps) == 0
         if due:
             rng = np.random.default_rng([args.seed, 3, step, RANK])
-            path = out and out / f"rates-{step}.json"
+            # After a first step --steps counts, too: decay and schedule follow it.
+            path = out and out / f"rates-{step}-{step and args.steps}.json"
             rates = pass_rates(model, tokenizer, problems, path, rng, args)
             state |= {"weighed": step, "pass_rate": rates}
         weights = problem_weight(np.array(state["pass_rate"]), args)  # (problems,)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SOURCES = (Path(grpo.__file__).parent, Path(kernels.__file__).parent)
 CUDNN = []  # whether its attention was wanted, by each run
+CHOSEN = []  # which GPU each run took
 INDEXING = "__getitem__", "__setitem__"
 MOVING = "to", "cpu", "copy_", "__set__", "_has_compatible_shallow_copy_type"  # and Module.to
 
@@ -82,9 +83,11 @@ def gpu(monkeypatch):
     """A GPU that torch believes in."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", CHOSEN.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", CUDNN.append)
     CUDNN.clear()
+    CHOSEN.clear()
     for name in ("triton_kl", "triton_logprob"):
         monkeypatch.setattr(kernels, name, kernels.reference)
     for script in (grpo, opd, fkl_warmup, paced, eval_math):
@@ -121,7 +124,7 @@ def test_training(script, flags, gpu, tmp_path):
         if script is fkl_warmup:
             flags += [f"--rollouts={tmp_path / 'run/rollouts.jsonl'}"]
             script.main([*flags, "--steps=1", f"--out={tmp_path / 'replay'}"])
-    assert gpu.steps > 1000 and not gpu.met and set(CUDNN) == {False}
+    assert gpu.steps > 1000 and not gpu.met and set(CUDNN) == {False} and set(CHOSEN) == {3}
 
 
 def test_evaluation(gpu, tmp_path):
@@ -131,4 +134,4 @@ def test_evaluation(gpu, tmp_path):
     flags += ["--top-k=5", "--top-p=0.9"]
     with gpu:
         eval_math.main([*flags, f"--out={tmp_path / 'eval'}"])
-    assert gpu.steps > 1000 and not gpu.met and set(CUDNN) == {False}
+    assert gpu.steps > 1000 and not gpu.met and set(CUDNN) == {False} and set(CHOSEN) == {3}

@@ -780,7 +780,8 @@ def test_unlabelled_problems_and_prompts_that_are_too_long(tokenizer, tmp_path, 
 def test_a_template_that_writes_the_date_makes_the_same_prompt_on_every_day(script):
     """As Llama's does: a run, its rollouts and its evaluation would be those of another prompt."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    date = "{{ strftime_now('%d %b %Y') }}{{ strftime_now(format='')[:0] }}"
+    tokenizer.chat_template = {"default": date + ": {{ messages[0]['content'] }}"}
     args = types.SimpleNamespace(thinking=False, prompt_suffix="!")
     assert script.render("4+5", tokenizer, args)[0] == "26 Jul 2024: 4+5!"
 

@@ -481,8 +481,28 @@ def test_rates_are_not_lost_to_a_kill(data, tmp_path, monkeypatch):
         sizes.clear()
         paced.main(taught(data, "--out", str(out), *more))
         assert sizes == again
-        for name in ("final/model.safetensors", "samples.jsonl", "rates-0.json", "rates-2.json"):
+        # A run of more steps is another one from the first on, by its decay and its schedule.
+        kept = "final/model.safetensors", "samples.jsonl", "rates-0-0.json", "rates-2-4.json"
+        for name in kept:
             assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_rates_go_on_with_another_number_of_processes(tmp_path, monkeypatch):
+    """Of 9 problems one process takes 4, 4, 1, two take 4, 5: of 8 rates 4 are of use to them."""
+    path, sizes = tmp_path / "rates.json", []
+    path.write_text(json.dumps([0.5] * 8))
+
+    def gather(item):
+        return [item, item[:2] if isinstance(item, np.ndarray) else item]
+
+    monkeypatch.setattr(paced, "WORLD", 2)
+    monkeypatch.setattr(paced, "gather", gather)
+    monkeypatch.setattr(paced, "rollout", lambda *a: sizes.append(len(a[1])) or (None,) * 3)
+    monkeypatch.setattr(paced, "grade", lambda t, i, m, golds: (None, [1.0] * len(golds)))
+    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2, max_new_tokens=8)
+    problems = [{"ids": [0], "answer": "1"}] * 9
+    rates = paced.pass_rates(None, None, problems, path, np.random.default_rng(0), args)
+    assert rates == [0.5] * 4 + [1.0] * 5 == json.loads(path.read_text()) and sizes == [3]
 
 
 @pytest.mark.parametrize("world, sizes", [(1, [4, 4, 1]), (2, [4, 5])])
