@@ -338,9 +338,14 @@ def test_problems_of_the_test_file_among_the_labels_are_told(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
     train, val, test = (tmp_path / f"{name}.jsonl" for name in ("train", "val", "test"))
     lines = [path.read_text().splitlines(keepends=True)[:2] for path in (train, val)]
-    test.write_text(test.read_text() + "".join(lines[0] + lines[1]))
+    too_long = json.dumps({"problem": "1+" * 200 + "1", "answer": "201"}) + "\n"
+    test.write_text(test.read_text() + "".join(lines[0] + lines[1]) + too_long)
+    (tmp_path / "math500").mkdir()  # is a benchmark's name all the same
+    flags.insert(flags.index("--test-data") + 1, str(tmp_path / "math500"))
     splits_of(flags)
-    assert f"warning: 4 problems of {test} are in --data or --val-data" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"warning: 4 problems of {test} are in --data or --val-data" in printed
+    assert "skipped" not in printed  # what the evaluation does with it is its own business
 
 
 def test_without_prompts_the_problems_of_the_data_are_taken(tmp_path):
