@@ -276,17 +276,18 @@ def decode(model, prompts, owner, noise, temperature):
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
     rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # those of them that go on
     for t in range(noise.shape[1]):
-        completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
-        alive = ~torch.isin(completion_ids[rows, : t + 1], eos_ids).any(1)
+        token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
+        alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
         if alive.float().mean() <= 0.75:  # dropping rows copies the cache: not for a few
-            rows, attention, position = rows[alive], attention[alive], position[alive]
             cache.batch_select_indices(alive)
+            rows, attention, position = rows[alive], attention[alive], position[alive]
+            token, alive = token[alive], alive[alive]
         attention, position = pad(attention, (0, 1), value=1), position + 1
-        token = completion_ids[rows, t, None]
-        out = model(token, attention_mask=attention, position_ids=position, **options)
+        out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
     # Up to and with the first EOS, by position: the padding may be the EOS token too.
     is_eos = torch.isin(completion_ids, eos_ids).long()
@@ -341,8 +342,8 @@ def autocast(model):
 
 def score(model, problems, completion_ids, mask, prompt="ids"):
     """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
-    rows = zip(problems, completion_ids, mask, strict=True)
-    texts = [problem[prompt] + ids[keep].tolist() for problem, ids, keep in rows]
+    rows = zip(problems, completion_ids.tolist(), mask.sum(1).tolist(), strict=True)
+    texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
     ids, attention = pad_left(texts, model.device)  # (n, P + T)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
