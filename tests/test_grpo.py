@@ -547,6 +547,27 @@ def test_a_micro_batch_for_the_others_sake_has_a_gradient_of_zero(teacher, monke
     assert all((p.grad == 0).all() for p in teacher.parameters())
 
 
+def test_decoding_stops_when_all_have_ended_be_it_one_by_one(teacher, monkeypatch):
+    """One of eight ends early and stays in the batch, as dropping it alone would not pay."""
+    end, widths, forward = teacher.generation_config.eos_token_id, [], teacher.forward
+    end = end[0] if isinstance(end, list) else end
+
+    def choose(logits, temperature, row):
+        last = torch.where(row == 0, 1, 4)  # counted in forward passes
+        return torch.where(last == len(widths), end, 7)
+
+    def spy(ids, **options):
+        widths.append(len(ids))
+        return forward(ids, **options)
+
+    monkeypatch.setattr(grpo, "choose", choose)
+    monkeypatch.setattr(teacher, "forward", spy)
+    rows = torch.arange(8.0)[:, None].repeat(1, 20)
+    _, mask, clipped = grpo.decode(teacher, [[5, 6]], torch.zeros(8, dtype=torch.long), rows, 1.0)
+    assert widths == [1, 8, 8, 8]  # the prompt, then each token but the last
+    assert mask.sum(1).tolist() == [1, *[4] * 7] and not clipped.any()
+
+
 def test_choose_follows_the_softmax_at_the_temperature():
     logits = torch.tensor([2.0, 1.0, -float("inf"), 0.0]).expand(40_000, 4)
     noise = torch.from_numpy(np.random.default_rng(0).random(40_000))
