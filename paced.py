@@ -660,7 +660,7 @@ def train(args, context):
         hint = args.hint.replace("{answer}", problem["answer"]) if args.self else ""
         problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
         if len(problem["teacher_ids"]) + args.max_new_tokens > context:
-            fail(f"{problem['where']}: too long with its hint: drop the row, or --max-new-tokens")
+            fail(f"{problem['where']}: its hint makes it too long: lower --max-new-tokens")
     if args.show:  # one of a few will do
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
