@@ -159,7 +159,6 @@ def split_problems(args, tokenizer):
         context = args.context if labelled else float("inf")  # else who reads them skips
         problems = grpo.load_problems(path, tokenizer, args.grpo, context)
         if labelled and not args.dry_run:  # said now: the step that needs it may be hours away
-            print(f"{path}: reading {len(problems)} answers, 20 seconds a thousand if LaTeX")
             grpo.read_answers(problems)
         rows = {}
         for problem in problems:  # each once, because labels are counted by problem

@@ -55,7 +55,7 @@ from kernels import token_logprob
 DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FLAGS = [  # name, tiny preset, paper preset, least value, meaning
-    ("--data", "tiny/train.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
+    ("--data", "tiny/train.jsonl", DAPO, None, "a JSONL file, or a hub `name[[:config]:split]`"),
     ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
     ("--prompts-per-step", 32, 512, 1, "B, the problems of a step"),
@@ -178,15 +178,15 @@ def read_rows(source):
             except (ValueError, TypeError):
                 fail(f"{source}:{number}: not a JSON object; mend or delete this line")
         return
-    name, _, split = source.partition(":")
+    name, *parts = source.split(":")
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, split=split or "train")
+        rows = load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
     except ImportError:
         fail(f"{source} is no file; data sets of the hub need: pip install datasets")
-    except ValueError as error:  # no such split, or a set that holds several
-        fail(f"{source}: {str(error).splitlines()[0]}")
+    except ValueError as error:  # no such split, or a set that holds several configurations
+        fail(f"{source}: {' '.join(str(error).splitlines()[:2])}")
     if source == DAPO:  # the authors' split: 80 %, seed 42
         rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
     yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
@@ -237,17 +237,18 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 1\,000 as 1 * 0, a full stop at the end, degrees, a unit in words as a
-# product of its letters, 2 1/2 as (2 + 1)/2; within a fraction \pm not at all.
-NOISE = r"(?<=\d)(\\[,;: ]|[~ ])(?=\d{3}(?!\d))|(?<!\\right)\.$|°|(?<=\d) +[a-z]{3,}\.?$"
-MIXED = r"(?<=\d) +(\d+)/(\d+)$"
+# What math-verify misreads: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the end,
+# degrees, a unit in words as a product of its letters; 2 1/2 as (2 + 1)/2, 1/2 x as 1/(2x),
+# \frac\pi4 not at all.
+NOISE = r"(?<=\d)(,?\\[,;:! ] ?|[~ ])(?=\d{3}(?!\d))|(?<!\\right)[.,]$|°|(?<=\d) +[a-z]{3,}\.?$"
+FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
 
 def last_boxed(text):
     r"""What the last balanced \boxed{} holds, or None."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text)]
-    for start in reversed(starts[-8:]):  # a text of nothing but boxes must not take a minute
-        depth = 1
+    # The last eight: a text of nothing but boxes must not take a minute.
+    for box in reversed(list(re.finditer(r"\\boxed\s*\{(?!\s*\})", text))[-8:]):
+        depth, start = 1, box.end()
         for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(match[0], 0)
             if depth == 0:
@@ -257,7 +258,10 @@ def last_boxed(text):
 
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
-    answer = re.sub(MIXED, r"\\frac{\1}{\2}", re.sub(NOISE, "", answer))
+    answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
+    # A letter at the end is a unit after a number and a space, else a variable: 4t is not 4 tons.
+    answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
+    # Within a fraction it does not know \pm.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
@@ -266,15 +270,17 @@ def parse_answer(answer):
 
 def read_answers(problems):
     """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
-    for problem in problems:
+    for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
-        answer = problem["answer"] = last_boxed(text) or text.rpartition("####")[2].strip()
+        answer = last_boxed(text) or text.rpartition("####")[2].strip()
         # A sentence would be read as a product of letters; what stands in a box is meant.
-        prose = "\\boxed" not in text and re.match(r"[^\\]*\b(is|are|answer)\b", answer, re.I)
-        if prose or not (INTEGER.fullmatch(answer) or parse_answer(answer)):
-            fail(f"{problem['where']}: no answer (solution, ground_truth) to be read in {found!r}")
+        meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
+        readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
+        problem["answer"] = answer if readable else None
+    if unread := [p["where"] for p in problems if p["answer"] is None]:
+        fail(f"{', '.join(unread[:20])}: no answer (solution, ground_truth) to be read")
 
 
 @lru_cache(maxsize=100_000)
@@ -282,9 +288,8 @@ def same_answer(gold, answer):
     """The same text, the same integer, or the same mathematics."""
     if answer == gold or (INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold)):
         return answer == gold or int(answer) == int(gold)
-    if len(answer) > 256 or (COSTLY.search(answer) and not COSTLY.search(gold)):
-        return False
-    return math_verify.verify(parse_answer(gold), parse_answer(answer), timeout_seconds=1)
+    costly = len(answer) > 256 or (COSTLY.search(answer) and not COSTLY.search(gold))
+    return not costly and math_verify.verify(*map(parse_answer, (gold, answer)), timeout_seconds=1)
 
 
 def grade(tokenizer, completion_ids, mask, golds):

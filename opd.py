@@ -51,7 +51,7 @@ from kernels import softmax_kl, token_logprob
 DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FLAGS = [  # name, tiny preset, paper preset, least value, meaning
-    ("--data", "tiny/prompts.jsonl", DAPO, None, "a JSONL file, or a hub data set `name[:split]`"),
+    ("--data", "tiny/prompts.jsonl", DAPO, None, "a JSONL file, or a hub `name[[:config]:split]`"),
     ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
     ("--prompts-per-step", 128, 256, 1, "B, the problems of a step"),
@@ -172,15 +172,15 @@ def read_rows(source):
             except (ValueError, TypeError):
                 fail(f"{source}:{number}: not a JSON object; mend or delete this line")
         return
-    name, _, split = source.partition(":")
+    name, *parts = source.split(":")
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, split=split or "train")
+        rows = load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
     except ImportError:
         fail(f"{source} is no file; data sets of the hub need: pip install datasets")
-    except ValueError as error:  # no such split, or a set that holds several
-        fail(f"{source}: {str(error).splitlines()[0]}")
+    except ValueError as error:  # no such split, or a set that holds several configurations
+        fail(f"{source}: {' '.join(str(error).splitlines()[:2])}")
     if source == DAPO:  # the authors' split: 80 %, seed 42
         rows = rows.train_test_split(test_size=0.2, seed=42)["train"]
     yield from ((f"{source}[{i}]", row) for i, row in enumerate(rows))
@@ -346,7 +346,7 @@ def micro_batches(rows, problems, completion_ids, mask, args):
 
 # --- loss -----------------------------------------------------------------------------------------
 def both_logits(student, teacher, problems, ids, mask):
-    """The student's and the teacher's logits (n, T, V)."""
+    """The student's and the teacher's logits (n, T, V), each after its own prompt."""
     with torch.no_grad():
         theirs = score(teacher, problems, ids, mask)
     return score(student, problems, ids, mask), theirs

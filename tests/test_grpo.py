@@ -673,6 +673,20 @@ def test_last_balanced_box(text, answer):
         ("x^4 - 2x^2 + 1", "(x-1)^2(x+1)^2", True),
         ("120", "\\binom{10}{3}", True),
         ("10^{2024} - 1", "10^{2024}-1", True),  # a long power, as the gold answer
+        ("\\frac{12}{5525}", "\\frac{12}{5,\\!525}", True),
+        ("\\frac{\\pi}{4}, -1", "\\frac\\pi4, -1", True),
+        ("y = \\frac{x}{2} + 2", "y = 1/2 x + 2", True),
+        ("\\frac{2\\pi}{3}", "2/3\\pi", True),
+        ("x^{\\frac{1}{2}}", "x^{1/2}", True),
+        ("\\frac{5}{2}", "2 1/2", True),
+        ("0.75", "1.5/2", True),
+        ("0.4", "1/2.5", True),
+        ("4t", "4t", True),
+        ("4t", "4 \\cdot t", True),
+        ("4t", "4", False),  # no unit
+        ("5", "5 m", True),  # a unit
+        ("a + b + c", "c+b+a", True),
+        ("\\sin^2 t", "1 - \\cos^2 t", True),
         ("5", "9^{9^{9^9}}", False),
         ("5", "\\text{__import__('os').system('touch pwned')}", False),
     ],
@@ -772,20 +786,23 @@ def test_data_sets_of_the_hub(tokenizer, monkeypatch, capsys):
     rows = [{"problem": f"{i}+1", "answer": f"{i + 1}"} for i in range(10)]
     asked = []
     fake = types.SimpleNamespace(
-        load_dataset=lambda name, split: asked.append((name, split)) or HubData(rows)
+        load_dataset=lambda *name, split: asked.append((*name, split)) or HubData(rows)
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert len(load(tokenizer, "some/data:test")) == 10
     assert len(load(tokenizer, grpo.DAPO)) == 8
-    assert asked == [("some/data", "test"), (grpo.DAPO, "train")]
+    assert len(load(tokenizer, "some/data:main:test")) == 10
+    assert asked == [("some/data", "test"), (grpo.DAPO, "train"), ("some/data", "main", "test")]
 
     def several(name, split):
-        raise ValueError("Config name is missing.\nPlease pick one of these: main, socratic")
+        raise ValueError("Config name is missing.\nPick one of main, socratic\nExample: ...")
 
     fake.load_dataset = several
     with pytest.raises(SystemExit):
         load(tokenizer, "openai/gsm8k")
-    assert capsys.readouterr().err == "grpo.py: openai/gsm8k: Config name is missing.\n"
+    assert capsys.readouterr().err == (
+        "grpo.py: openai/gsm8k: Config name is missing. Pick one of main, socratic\n"
+    )
 
 
 def test_unlabelled_problems_and_prompts_that_are_too_long(tokenizer, tmp_path, capsys):
@@ -1138,6 +1155,7 @@ def test_bad_flags(capsys, data, tmp_path, monkeypatch, more, said):
         ('{"problem": "1+1", "answer": "\\\\frac{1}{"}', ":6: no answer"),
         ('{"problem": "1+1", "answer": "The sum is 2."}', ":6: no answer"),
         ('{"problem": "1+1", "answer": "Answer: 2"}', ":6: no answer"),
+        ('{"problem": "1+1", "solution": "Hence $x = \\\\boxed 2$."}', ":6: no answer"),
         ('{"prompt": [{"role": "user"}], "answer": "1"}', ":6: no problem"),
         ('[["problem", "1+1"], ["answer", "2"]]', ":6: not a JSON object"),
     ],
@@ -1146,6 +1164,12 @@ def test_bad_lines(capsys, data, line, said):
     with open(data, "ab") as file:
         file.write(line.encode("latin-1") + b"\n")
     assert f"{data}{said}" in refusal(capsys, command(data))
+
+
+def test_all_answers_that_cannot_be_read_are_named_at_once(capsys, data):
+    with open(data, "a") as file:
+        file.write('{"problem": "1+1"}\n{"problem": "1+2", "answer": "3"}\n{"problem": "1+3"}\n')
+    assert f"{data}:6, {data}:8: no answer" in refusal(capsys, command(data))
 
 
 def test_an_empty_file(capsys, data):
