@@ -550,9 +550,9 @@ def evaluate(args, context):
         print(f"{args.model} has no chat template: the problem goes in as it is")
     problems = load_problems(args.data, tokenizer, args, float("inf"))  # vs grpo.py: skips none
     longest = max(problems, key=lambda problem: len(problem["ids"]))
-    room = context - len(longest["ids"])
-    if room < args.max_new_tokens:
-        fail(f"{longest['where']}: of {context} tokens it leaves {room}: lower --max-new-tokens")
+    size = len(longest["ids"])
+    if size + args.max_new_tokens > context:
+        fail(f"{longest['where']}: {size} tokens + --max-new-tokens exceed the model's {context}")
     read_answers(problems)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
