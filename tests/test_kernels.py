@@ -27,6 +27,8 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "reverse"])
 in_two_temperatures = pytest.mark.parametrize("temperature", [1.0, 0.6])
 # Against 5e-3 where bf16 is rounded: the interpreter cuts it off, by up to one part in 128.
 in_two_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+widths = [1, 8] if INTERPRETED or GPU else [8]  # the reference has none
+in_both_widths = pytest.mark.parametrize("small_blocks", widths, indirect=True)
 half_precision = {torch.bfloat16: 8e-3 if INTERPRETED else 5e-3, torch.float16: 1e-3}
 inf = float("inf")
 V = 200  # with the blocks of the fixture below: three whole ones and a part
@@ -37,15 +39,15 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(autouse=True, params=[1, 8] if INTERPRETED or GPU else [1])
+@pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
-    """Little data is enough for several blocks and chunks; lanes of either width."""
+    """Little data is enough for several blocks and chunks; lanes of a width."""
     monkeypatch.setattr(reference, "CHUNK", 2 * V)
     if INTERPRETED or GPU:
         for name in ("softmax_kl", "logprob"):
             module = importlib.import_module(f"kernels.{name}")
             monkeypatch.setattr(module, "BLOCK", 64)
-            monkeypatch.setattr(module, "lane_width", lambda sizes: request.param)
+            monkeypatch.setattr(module, "lane_width", lambda sizes: getattr(request, "param", 8))
     with warnings.catch_warnings():  # the interpreter warns of −inf − (−inf)
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -99,6 +101,7 @@ def test_gradcheck_of_the_kl(direction, temperature):
     assert torch.autograd.gradcheck(run, student)
 
 
+@in_both_widths
 @both_directions
 @in_two_temperatures
 @pytest.mark.parametrize("vocabulary", [1, 25, 64, V])
@@ -125,6 +128,7 @@ def test_kl_under_an_offset(direction, temperature, device):
     check_kl(student, teacher - 1e4, direction, temperature)
 
 
+@in_both_widths
 @both_directions
 def test_kl_of_huge_logits(direction, device):
     huge = (torch.rand(2, 8, V, device=device) * 2 - 1) * 1e4
@@ -152,6 +156,7 @@ def test_kl_where_one_token_has_almost_all_probability(direction, temperature, d
     check_kl(*almost_one_hot(device), direction, temperature, floor=1e-15)
 
 
+@in_both_widths
 @both_directions
 def test_kl_where_both_have_no_probability(direction, device):
     student, teacher = make_logits(4, V, device=device)
@@ -168,6 +173,7 @@ def test_kl_where_both_have_no_probability(direction, device):
     assert (student.grad[:, gone] == 0).all()
 
 
+@in_both_widths
 @both_directions
 @pytest.mark.parametrize("where", [0, 100, slice(0, 64)])
 def test_kl_where_one_has_no_probability(direction, where, device):
@@ -403,6 +409,7 @@ def test_gradcheck_of_logprob(temperature):
     assert torch.autograd.gradcheck(run, logits)
 
 
+@in_both_widths
 @in_two_temperatures
 @pytest.mark.parametrize("vocabulary", [1, 25, 64, V])
 def test_logprob(temperature, vocabulary, device):
@@ -433,6 +440,7 @@ def test_logprob_where_one_token_has_almost_all_probability(token, temperature, 
     check_logprob(almost_one_hot(device)[0], ids, temperature, floor=1e-15)
 
 
+@in_both_widths
 def test_logprob_where_there_is_no_probability(device):
     """Over a whole first block and for an id; the id's log-probability is −inf then."""
     logits, ids = make_logits(4, V, device=device)[0], torch.tensor([70, 71, 0, 72], device=device)
