@@ -275,12 +275,13 @@ def read_answers(problems):
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
-        # A sentence would be read as a product of letters; what stands in a box is meant.
+        # A sentence, or a text with \boxed 2 in it, would be read as a product of letters; what
+        # stands in a box is meant.
         meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
-    if unread := [p["where"] for p in problems if p["answer"] is None]:
-        fail(f"{', '.join(unread[:20])}: no answer (solution, ground_truth) to be read")
+    if bad := [p["where"] for p in problems if p["answer"] is None]:
+        fail(f"{', '.join(bad[:20])}: no answer (solution, ground_truth) to be read; mend or drop")
 
 
 @lru_cache(maxsize=100_000)
