@@ -553,7 +553,7 @@ def evaluate(args, context):
     longest = max(problems, key=lambda problem: len(problem["ids"]))
     size = len(longest["ids"])
     if size + args.max_new_tokens > context:
-        fail(f"{longest['where']}: {size} tokens + --max-new-tokens exceed the model's {context}")
+        fail(f"{longest['where']}: {size} of {context} tokens: drop it, or lower --max-new-tokens")
     read_answers(problems)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()

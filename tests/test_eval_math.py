@@ -698,7 +698,7 @@ def refusal(capsys, arguments):
         (["--n", "0"], "--n must be at least 1"),
         (["--top-p", "0"], "--top-p must be at least"),
         (["--temperature", "nan"], "--temperature must be at least"),
-        (["--max-new-tokens", "250"], "tokens + --max-new-tokens exceed the model's 256"),
+        (["--max-new-tokens", "250"], "of 256 tokens: drop it, or lower --max-new-tokens"),
         (["--model", "./nowhere"], "nowhere"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--regrade", "nowhere/samples.jsonl"], "nowhere/samples.jsonl"),
