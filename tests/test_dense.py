@@ -5,11 +5,7 @@ import gc
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import types
 import weakref
@@ -23,6 +19,7 @@ import fkl_warmup
 import grpo
 import opd
 import paced
+from forked import run, start
 
 ROOT = Path(__file__).parent.parent
 STUDENT, TEACHER = str(ROOT / "tiny/student"), str(ROOT / "tiny/teacher")
@@ -399,17 +396,17 @@ def test_replay_returns_what_rollout_did(tmp_path):
 @pytest.mark.parametrize("script", ["fkl_warmup.py", "opd.py"])
 def test_sigkill_changes_no_bit(script, data, tmp_path):
     """The run on disk is grpo.py's (test_siblings.py), tested there at every touch of the disk."""
-    arguments = [sys.executable, script, *command(data, "--steps", "12", "--save-every", "2")]
-    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    options["stdout"] = subprocess.DEVNULL
-    subprocess.run([*arguments, "--out", tmp_path / "whole"], check=True, **options)
+    arguments = [script, *command(data, "--steps", "12", "--save-every", "4"), "--out"]
+    assert run([*arguments, tmp_path / "whole"]) == 0
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*arguments, "--out", killed], **options)
-    while not (killed / "checkpoint").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*arguments, "--out", killed], check=True, **options)
+    lines = killed / "metrics.jsonl"
+    process = start([*arguments, killed])
+    # Two steps after a checkpoint, and two before the next: what they wrote must go again.
+    while process.is_alive() and not (lines.exists() and lines.read_text().count("\n") >= 6):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert run([*arguments, killed]) == 0
     for name in ("final", "best"):
         mine, theirs = (tmp_path / run / name / "model.safetensors" for run in ("whole", "killed"))
         assert mine.read_bytes() == theirs.read_bytes()

@@ -4,11 +4,8 @@ import collections
 import itertools
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import types
@@ -20,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_math
+from forked import start
 
 ROOT = Path(__file__).parent.parent
 STUDENT = str(ROOT / "tiny/student")
@@ -548,15 +546,12 @@ def test_sigkill_at_a_random_moment_changes_no_byte(tmp_path, data):
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     path, arguments = killed / "samples.jsonl", command(data, "--out", str(killed))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    script = [sys.executable, "eval_math.py", *arguments]
-    process = subprocess.Popen(script, cwd=ROOT, env=environment, **quiet)
-    while process.poll() is None and not (path.exists() and path.stat().st_size > 0):
+    process = start(["eval_math.py", *arguments])
+    while process.is_alive() and not (path.exists() and path.stat().st_size > 0):
         time.sleep(0.002)
     time.sleep(0.1 * random.random())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (killed / "results.json").exists() and path.stat().st_size > 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as above: another number adds up in another order

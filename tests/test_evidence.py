@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+import bridge
+from forked import run
 from tiny import evidence
 
 ROOT = Path(__file__).parent.parent
@@ -196,18 +198,32 @@ def test_what_is_measured_of_a_model(tmp_path, monkeypatch):
 
 
 def test_a_smoke_run_of_two_updates(tmp_path, monkeypatch):
-    """One arm of each kind; a second call finds all done."""
+    """One arm of each kind; a second call finds all done.
+
+    Only paced.py is started as evidence.py does it, since many Pythons take long to start.
+    """
     arms = {arm: evidence.ARMS[arm] for arm in ("no-opd", "self-paced")}
     monkeypatch.setattr(evidence, "ARMS", arms)
     monkeypatch.setattr(evidence, "CLAIMS", {"one": [("gains", "self-paced > student")]})
     few = "--teacher-rl-steps 1 --fkl-steps 1 --opd-steps 1 --student-rl-steps 1".split()
     few = {"bridge.py": few, "paced.py": "--steps 2 --pass-rollouts 2".split(), "eval_math.py": []}
-    run, val = evidence.run, tmp_path / "val.jsonl"
+    as_is, val = evidence.run, tmp_path / "val.jsonl"
     lines = (ROOT / "tiny/val.jsonl").read_text().splitlines(keepends=True)
     val.write_text("".join(lines[:9]))
-    monkeypatch.setattr(
-        evidence, "run", lambda out, script, *flags: run(out, script, *flags, *few[script])
-    )
+
+    def run_few(out, script, *flags):
+        command = [str(word) for word in (script, *flags, *few[script], "--out", out)]
+        if script == "paced.py":
+            as_is(out, script, *flags, *few[script])
+        elif script == "bridge.py":
+            bridge.main(command[1:])
+        else:
+            assert run(command) == 0
+        return out
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bridge, "launch", lambda command: run(command[1:]))
+    monkeypatch.setattr(evidence, "run", run_few)
     monkeypatch.setattr(evidence, "RECORDS", tmp_path)
     (tmp_path / "why.md").write_text("Why.")
     for _ in range(2):

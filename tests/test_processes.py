@@ -1,7 +1,8 @@
 """Two gloo processes do what one does: gradients, metrics, checkpoints; and what ends them.
 
-Run by torchrun this file is a worker: it runs a script on rollouts that follow from the prompt
-alone, so that any number of processes learns from the same texts, and keeps the gradients.
+Run as a script this file is such a process: it runs one of the scripts on rollouts that follow from
+the prompt alone, so that any number of processes learns from the same texts, and keeps the
+gradients. Where torchrun itself is not at stake two forks stand in for it, since it starts slowly.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from forked import run, start
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["grpo", "fkl_warmup", "opd", "paced"]
@@ -115,12 +118,34 @@ def arguments_of(name, out, steps=3):
     ]
 
 
-def torchrun(name, arguments, gradients, fault="", timeout=120):
+def two(*command):
+    """Two processes, as torchrun would start them; what they have said."""
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, rank) for rank in "01"]
+        processes = [
+            start(command, log, RANK=log.name, LOCAL_RANK=log.name, **world) for log in logs
+        ]
+        for process in processes:
+            process.join(120)
+            process.kill()
+        said = "".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in processes] == [0, 0], said
+    return said
+
+
+def two_fixed(name, arguments, gradients, fault=""):
+    return two(__file__, name, gradients, fault, *arguments)
+
+
+def torchrun(name, arguments, gradients, fault=""):
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
     command += [__file__, name, str(gradients), fault, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -150,10 +175,9 @@ def runs(tmp_path_factory):
     for name in SCRIPTS:
         paths = [folder / f"{name}-{n}" for n in (1, 2)]
         run_fixed(name, arguments_of(name, paths[0]), folder / f"{name}-1.pt")
-        done = torchrun(name, arguments_of(name, paths[1]), folder / f"{name}-2.pt")
-        assert done.returncode == 0, done.stderr
+        said = two_fixed(name, arguments_of(name, paths[1]), folder / f"{name}-2.pt")
         gradients = [torch.load(folder / f"{name}-{n}.pt", weights_only=True) for n in (1, 2)]
-        made[name] = (*paths, *gradients, done)
+        made[name] = (*paths, *gradients, said)
     yield made
     os.chdir(old)
 
@@ -172,8 +196,7 @@ def test_two_processes_have_the_gradient_of_one(name, runs):
 def test_two_processes_compute_in_bf16_as_on_gpus(name, runs, tmp_path):
     """The same gradient, but for rounding; weights, gradients and files stay fp32."""
     (tmp_path / "val.jsonl").write_bytes((runs[name][0].parent / "val.jsonl").read_bytes())
-    done = torchrun(name, arguments_of(name, tmp_path / "run", 1), tmp_path / "g.pt", "bf16")
-    assert done.returncode == 0, done.stderr
+    two_fixed(name, arguments_of(name, tmp_path / "run", 1), tmp_path / "g.pt", "bf16")
     exact, (gradient,) = runs[name][2][0], torch.load(tmp_path / "g.pt", weights_only=True)
     assert 1e-3 < float((gradient - exact).norm() / exact.norm()) < 0.15
     assert gradient.dtype == torch.float32
@@ -194,20 +217,20 @@ def test_two_processes_log_the_metrics_of_one(name, runs):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_rank_0_writes_one_ordinary_model_and_talks_alone(name, runs):
-    one, two, _, _, done = runs[name]
+    one, other, _, _, said = runs[name]
     for folder in ("best", "final", "checkpoint"):
-        models = [AutoModelForCausalLM.from_pretrained(path / folder) for path in (one, two)]
+        models = [AutoModelForCausalLM.from_pretrained(path / folder) for path in (one, other)]
         assert type(models[0]) is type(models[1])
-        sizes = [(path / folder / "model.safetensors").stat().st_size for path in (one, two)]
+        sizes = [(path / folder / "model.safetensors").stat().st_size for path in (one, other)]
         assert sizes[0] == sizes[1]  # a tied weight stands there once
         states = [model.state_dict() for model in models]
         assert states[0].keys() == states[1].keys()
         for key in states[0]:
             assert torch.allclose(states[0][key], states[1][key], atol=1e-4), key
         assert [p.name for p in sorted((one / folder).iterdir())] == [
-            p.name for p in sorted((two / folder).iterdir())
+            p.name for p in sorted((other / folder).iterdir())
         ]
-    assert done.stdout.count("settings:") == 1 and done.stderr.count("3/3") > 0
+    assert said.count("settings:") == 1 and "3/3" in said
 
 
 @pytest.mark.parametrize("name", ["grpo", "paced"])
@@ -218,11 +241,10 @@ def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(name, r
         out = tmp_path / f"{first}"
         if first == 1:
             run_fixed(name, arguments_of(name, out, 2), tmp_path / "a.pt")
-            done = torchrun(name, arguments_of(name, out, 4), tmp_path / "b.pt")
+            two_fixed(name, arguments_of(name, out, 4), tmp_path / "b.pt")
         else:
-            done = torchrun(name, arguments_of(name, out, 2), tmp_path / "a.pt")
+            two_fixed(name, arguments_of(name, out, 2), tmp_path / "a.pt")
             run_fixed(name, arguments_of(name, out, 4), tmp_path / "b.pt")
-        assert done.returncode == 0, done.stderr
         assert len(torch.load(tmp_path / "b.pt", weights_only=True)) == 2
         # paced.py's schedule turns at half of the steps: 4 here, as in the whole run, from step 2.
         close(*(lines_of(p / "metrics.jsonl")[2:] for p in (out, tmp_path / "whole")), 1e-3)
@@ -242,11 +264,9 @@ def test_a_rollout_of_two_processes_has_the_weights_of_the_step_before(runs, tmp
     """They are gathered for it, and must not be those that an earlier rollout gathered."""
     val = runs["opd"][0].parent / "val.jsonl"
     for steps in ("1", "2"):
-        command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
-        command += ["--nproc-per-node", "2", "--", "opd.py", "--data", "tiny/train.jsonl"]
-        command += [*SMALL.split(), "--val-data", val, "--lr", "1e-2", "--warmup-steps", "0"]
-        command += ["--val-every", "1", "--steps", steps, "--out", tmp_path / steps]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        more = ["--data", "tiny/train.jsonl", "--val-data", val, "--lr", "1e-2"]
+        more += ["--warmup-steps", "0", "--val-every", "1", "--steps", steps]
+        two("opd.py", *SMALL.split(), *more, "--out", tmp_path / steps)
     args, context = opd.parse_arguments(["--device", "cpu", "--max-new-tokens", "16"])
     tokenizer = AutoTokenizer.from_pretrained("tiny/student")
     problems = opd.load_problems("tiny/train.jsonl", tokenizer, args, context)
@@ -263,11 +283,9 @@ def test_a_rollout_of_two_processes_has_the_weights_of_the_step_before(runs, tmp
 def test_processes_draw_different_texts(tmp_path):
     """For the same problem, which all have."""
     (tmp_path / "data.jsonl").write_text('{"problem": "37+8+5+2+1+7"}\n' * 8)
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command += ["--", "fkl_warmup.py", *SMALL.split(), "--prompts-per-step", "8", "--steps", "1"]
-    command += ["--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "data.jsonl"]
-    command += ["--out", tmp_path / "run"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    more = ["--prompts-per-step", "8", "--steps", "1", "--out", tmp_path / "run"]
+    more += ["--data", tmp_path / "data.jsonl", "--val-data", tmp_path / "data.jsonl"]
+    two("fkl_warmup.py", *SMALL.split(), *more)
     texts = [line["completion"] for line in lines_of(tmp_path / "run/rollouts.jsonl")]
     assert len(texts) == 16 and texts[:8] != texts[8:]
 
@@ -307,12 +325,10 @@ def test_a_port_in_use_is_one_line(name, tmp_path):
     """Of processes that something else than torchrun has started; torchrun would say it itself."""
     with socket.create_server(("", 0)) as server:
         port = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-        environment = os.environ | port | {"RANK": "0", "WORLD_SIZE": "2"}
-        command = [sys.executable, f"{name}.py", "--device", "cpu", "--out", tmp_path / "run"]
-        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, timeout=60, **options)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"{name}.py: ") and "address already in use" in done.stderr
+        command = [f"{name}.py", "--device", "cpu", "--out", tmp_path / "run"]
+        assert run(command, tmp_path / "said", RANK="0", WORLD_SIZE="2", **port) == 2
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.startswith(f"{name}.py: ") and "address already in use" in line
 
 
 @pytest.mark.parametrize("name", ["grpo", "opd"])
@@ -345,9 +361,7 @@ def test_two_processes_evaluate_to_the_same_bytes(runs, tmp_path):
     data = str(runs["grpo"][0].parent / "val.jsonl")
     arguments = ["--data", data, "--n", "2", "--rollout-batch", "4", "--device", "cpu"]
     eval_math.main([*arguments, "--out", str(tmp_path / "1")])
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command += ["--", "eval_math.py", *arguments, "--out", str(tmp_path / "2")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    two("eval_math.py", *arguments, "--out", tmp_path / "2")
     for name in ("samples.jsonl", "results.json", "config.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
@@ -359,8 +373,7 @@ def test_an_update_has_the_same_rollouts_on_two_processes(tmp_path, monkeypatch)
     more = ["--prompts-per-step", "6", "--updates-per-step", "2", "--lr", "1e-9"]
     paths = [tmp_path / f"{n}.pt" for n in (1, 2)]
     run_fixed("grpo", [*arguments_of("grpo", tmp_path / "1", 1), *more], paths[0])
-    done = torchrun("grpo", [*arguments_of("grpo", tmp_path / "2", 1), *more], paths[1])
-    assert done.returncode == 0, done.stderr
+    two_fixed("grpo", [*arguments_of("grpo", tmp_path / "2", 1), *more], paths[1])
     for a, b in zip(*(torch.load(path, weights_only=True) for path in paths), strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-5
 

@@ -1,13 +1,12 @@
 """The README and the scripts say the same: equations, and where they stand."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forked import run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["grpo.py", "fkl_warmup.py", "opd.py", "paced.py", "eval_math.py"]
@@ -52,19 +51,6 @@ EXERCISES = re.findall(
 )
 
 
-RUN_ALL = """
-import os, runpy, sys
-import fkl_warmup, grpo, opd, paced  # once for all of them, because that takes seconds
-
-for check in sys.argv[1:]:
-    if os.fork() == 0:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{check}.said", "w")
-        runpy.run_path(check)
-        sys.exit()
-    os.wait()
-"""
-
-
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
     """The last line of what each check says of the scripts as they are, nothing if it passes."""
@@ -72,10 +58,8 @@ def endings(tmp_path_factory):
     checks = [folder / f"{number}.py" for number in range(1, len(EXERCISES) + 1)]
     for path, check in zip(checks, EXERCISES, strict=True):
         path.write_text(check)
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", RUN_ALL, *checks], cwd=ROOT, env=env, check=True)
-    said = [Path(f"{path}.said").read_text().strip() for path in checks]
-    return [text.splitlines()[-1] if text else "" for text in said]
+        run([path], f"{path}.said", CUDA_VISIBLE_DEVICES="")
+    return [Path(f"{path}.said").read_text().splitlines()[-1] for path in checks]
 
 
 @pytest.mark.parametrize("number", range(1, 11))
