@@ -25,9 +25,6 @@ PYTHON.set_forkserver_preload(
 def go_on(command, said, environment):
     """What such a process does first."""
     os.environ.update(environment)
-    import torch  # is there; only OMP_NUM_THREADS was read before this process began
-
-    torch.set_num_threads(1)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -38,7 +35,7 @@ def go_on(command, said, environment):
 
 
 def start(command, said=os.devnull, **environment):
-    """A process with one thread; what it says goes into a file."""
+    """A process; what it says goes into a file."""
     process = PYTHON.Process(target=go_on, args=(command, said, environment), daemon=True)
     process.start()
     return process

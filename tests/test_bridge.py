@@ -16,7 +16,6 @@ from pathlib import Path
 from subprocess import DEVNULL
 
 import pytest
-import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 import bridge
@@ -33,15 +32,6 @@ SCRIPTS = {
     "eval_math.py": eval_math,
 }
 STEPS = "--teacher-rl-steps --fkl-steps --opd-steps --student-rl-steps".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small batches are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -596,7 +586,7 @@ def begin():
     started = []
 
     def start(command, log):
-        options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": DEVNULL}
+        options = {"cwd": ROOT, "stderr": DEVNULL}
         with log.open("w") as file:
             started.append(
                 subprocess.Popen(command, stdout=file, start_new_session=True, **options)

@@ -143,7 +143,7 @@ def two_fixed(name, arguments, gradients, fault=""):
 def torchrun(name, arguments, gradients, fault=""):
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
     command += [__file__, name, str(gradients), fault, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -184,8 +184,7 @@ def test_the_longest_working_fits():
 def test_base_accuracies():
     """128 problems × 2 samples: wide margins around the numbers in the README."""
     torch.manual_seed(0)
-    got, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)
+    got = {}
     for name in MODELS:
         model = AutoModelForCausalLM.from_pretrained(TINY / name)
         tokenizer = AutoTokenizer.from_pretrained(TINY / name)
@@ -194,7 +193,6 @@ def test_base_accuracies():
             got[name, hint] = right.mean().item()
             unasked = (0.05, 0.5) if name == "teacher" else (-1, 0.05)
             assert worked.mean() > 0.9 if hint else unasked[0] < worked.mean() < unasked[1]
-    torch.set_num_threads(threads)
     assert 0.20 < got["teacher", False] < 0.60, got
     assert 0.05 < got["student", False] < 0.32, got
     assert got["student", True] > got["student", False] + 0.15, got
