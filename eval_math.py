@@ -1,9 +1,10 @@
 """Evaluation: how often a model is right, and how sure one can be of that number.
 
 Each problem is answered n times by sampling and once greedily. Every number is a mean over problems
-and has a 95 % interval, by bootstrap over problems. Evaluation may filter (top-p, top-k), training
-never does. What is drawn follows from (--seed, problem, index), so a run that was killed ends with
-the same samples; samples.jsonl holds them, and --regrade judges that file anew, without a model.
+and has a 95 % interval, by bootstrap over problems: of a few dozen it is too narrow, and where all
+agree, it has no width. Evaluation may filter (top-p, top-k), training never does. What is drawn
+follows from (--seed, problem, index), so a run that was killed ends with the same samples;
+samples.jsonl holds them, and --regrade judges that file anew, without a model.
 
   Eq. 1  avg@n = c / n, where c of the n samples of a problem are right
   Eq. 2  pass@k = 1 - C(n - c, k) / C(n, k), the chance that k of the n hold a right one: unbiased
@@ -473,6 +474,8 @@ def report(out, lines, args, config):
         print("{:<38} {mean:9.3f} ({low:.3f} to {high:.3f})".format(name, **number))
     if metrics["clipped"]["mean"] > 0.5:
         print("over half of the completions are cut: --max-new-tokens")
+    if len(problems) < 50:
+        print("so few problems: these intervals are too narrow, and where all agree, without width")
     if args.plot:
         import matplotlib.pyplot as plt
 

@@ -56,7 +56,7 @@ DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--data", "tiny/train.jsonl", DAPO, None, "a JSONL file, or a hub `name[[:config]:split]`"),
-    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
+    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a part of --data does"),
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
     ("--prompts-per-step", 32, 512, 1, "B, the problems of a step"),
     ("--samples-per-prompt", 8, 8, 2, "G, the completions of a problem"),
@@ -392,6 +392,7 @@ def rollout(model, prompts, group, rng, args):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -561,9 +562,10 @@ def train(args, context):
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        val_problems = problems[:2560:10]  # (256,) at most
-        del problems[:2560:10]
-        print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+        every = max(10, len(problems) // 256 + 1)  # of the whole file, which may be sorted
+        val_problems = problems[::every]  # (256,) at most
+        del problems[::every]
+        print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")
     read_answers(problems + val_problems)
     if args.show:  # one of a few will do
         args.prompts_per_step = min(args.prompts_per_step, 32)

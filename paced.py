@@ -3,18 +3,19 @@
 The paper's premise: a problem that the student always solves has nothing left to teach, one that it
 never solves pulls in directions that do not add up. So each problem counts by the student's own
 pass rate p on it: nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of
-the student (in no count of tokens), graded against labels; the loss itself reads none but the hint
-of --self.
+the student (in no count of tokens), graded against labels, once before training unless
+--refresh-every says otherwise; the loss itself reads none but the hint of --self.
 
   Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
   Eq. 2  KL_it = KL(pi_T‖pi_S) on the teacher's text (fkl), KL(pi_S‖pi_T) on the student's (rkl)
   Eq. 3  loss = sum_it (w_i / mean w) KL_it / (number of completion tokens in the whole update)
 
-Ours: the mean of Eq. 3 is over the problems of the whole update; problems of weight 0 are not
-sampled, so that whatever the weights, a step has as many rollouts; a problem's p is refreshed every
---refresh-every steps. --self: the teacher is the frozen start model, which sees the answer in its
-prompt (--hint). Of the paper's settings we know alpha and beta; the preset has those of OPD in the
-other paper. vs opd.py: the weights, and a schedule of both directions.
+Ours: the mean of Eq. 3 is over the problems of the whole update (few of them even the weights out,
+and a single one cancels its own); problems of weight 0 are not sampled, so that whatever the
+weights, a step has as many rollouts. In the pocket world this choice is what helps, and the shape
+of Eq. 1 adds nothing (tiny/EVIDENCE.md). --self: the teacher is the frozen start model, which sees
+the answer in its prompt (--hint). Of the paper's settings we know alpha and beta; the preset has
+those of OPD in the other paper. vs opd.py: the weights, and a schedule of both directions.
 
     python paced.py                         the pocket student: half a minute on two cores
     python paced.py --self --student Qwen/Qwen3-1.7B --data labelled.jsonl --val-data val.jsonl
@@ -57,7 +58,7 @@ DAPO = "YouJiacheng/DAPO-Math-17k-dedup"
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--data", "tiny/pool.jsonl", DAPO, None, "a JSONL file, or a hub `name[[:config]:split]`"),
-    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a tenth of --data does"),
+    ("--val-data", "tiny/val.jsonl", None, None, "chooses best/; else a part of --data does"),
     ("--seed", 0, 0, 0, "every random draw follows from it and from the step"),
     ("--prompts-per-step", 128, 256, 1, "B, the problems of a step"),
     ("--samples-per-prompt", 1, 1, 1, "G, the completions of a problem"),
@@ -403,6 +404,7 @@ def rollout(model, prompts, group, rng, args):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -656,9 +658,10 @@ def train(args, context):
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        val_problems = problems[:2560:10]  # (256,) at most
-        del problems[:2560:10]
-        print(f"no --val-data: every tenth problem is set aside for it, {len(val_problems)} in all")
+        every = max(10, len(problems) // 256 + 1)  # of the whole file, which may be sorted
+        val_problems = problems[::every]  # (256,) at most
+        del problems[::every]
+        print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")
     weighted = args.weights != "uniform"
     labels = len(problems) if args.self or weighted else 0
     read_answers((problems if labels else []) + (val_problems if args.self else []))

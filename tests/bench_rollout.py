@@ -11,11 +11,14 @@ goes, with the device waited for around each part.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
 import types
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the scripts
 
 import numpy as np
 import torch

@@ -20,12 +20,15 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 import types
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the scripts
 
 import numpy as np
 import torch

@@ -156,6 +156,12 @@ def test_intervals_keep_numbers_apart():
     assert numbers["y"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
 
 
+def test_few_problems_are_warned_of(tmp_path, capsys):
+    for count, warned in (49, True), (50, False):
+        results_of(tmp_path, [[True, True]] * count)
+        assert ("so few problems" in capsys.readouterr().out) == warned
+
+
 def results_of(tmp_path, problems, k=None):
     """results.json of these problems, each a list of verdicts, the greedy one's first."""
     lines = [

@@ -324,6 +324,18 @@ def test_problems_on_both_sides_are_told(script, data, capsys):
 
 
 @every_script
+def test_what_is_set_aside_comes_from_the_whole_file(script, data, monkeypatch, capsys):
+    """Which may be sorted: of 2,600 problems every eleventh."""
+    rows = [json.dumps({"problem": f"{i}+1", "answer": f"{i + 1}"}) for i in range(2600)]
+    Path("data.jsonl").write_text("\n".join(rows))
+    seen = []
+    monkeypatch.setattr(script, "validate", lambda *a: seen.append(a[2]) or 0.0)
+    run(script)
+    assert [p["problem"] for p in seen[0]] == [f"{i}+1" for i in range(0, 2600, 11)]
+    assert "1 in 11 problems set aside for it, 237 in all" in capsys.readouterr().out
+
+
+@every_script
 def test_one_rollout_is_shown_of_few(script, data, monkeypatch):
     sizes, rollout = [], script.rollout
     monkeypatch.setattr(script, "rollout", lambda *a: sizes.append(len(a[1])) or rollout(*a))

@@ -20,11 +20,14 @@ world the kind of problem goes with it, and nearly all of p = 0 are products.
 """
 
 import argparse
+import os
 import sys
 import time
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the scripts
 
 import numpy as np
 import torch
