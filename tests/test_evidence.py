@@ -166,11 +166,31 @@ def test_other_worlds_are_what_their_records_say(written):
     assert rows_of(section) == expected
 
 
+def test_controls_are_what_their_records_say(written):
+    seeds = [json.loads((evidence.RECORDS / f"seed-{n}.json").read_text()) for n in range(24, 30)]
+    controls = json.loads((evidence.RECORDS / "controls.json").read_text())
+    for seed, control in zip(seeds, controls, strict=True):
+        assert seed["seed"] == control["seed"]
+        seed["arms"] |= control["arms"]
+    rows = rows_of(written[0].partition("\n## What in PACED helps")[2].partition("\n## ")[0])
+    assert len(rows) == 6
+    for row in rows:
+        text, columns = row["compared"].replace("−", ">"), ("sampled", "paper", "greedy")
+        found = [evidence.differences(seeds, text, column)[0] for column in columns]
+        assert [*row.values()][1:] == [f"{mean:+.3f} ± {half:.3f}" for *_, mean, half, _ in found]
+
+
 def test_readme_says_what_evidence_says(written):
     section = (ROOT / "README.md").read_text().partition("## What it shows")[2]
     rows, known = rows_of(section.partition("\n## ")[0]), rows_of(written[0])
     assert len(rows) > 20
+    twenty = [json.loads((evidence.RECORDS / f"seed-{n}.json").read_text()) for n in range(10, 30)]
+    by_all = {}
+    for own in evidence.CLAIMS.values():
+        by_all |= zip((claim for claim, _ in own), evidence.verdicts(twenty, own), strict=True)
     for row in rows:
+        if "all twenty" in row:
+            assert row.pop("all twenty") == by_all.get(row["claim"], "")
         assert any(row.items() <= other.items() for other in known), row
 
 
