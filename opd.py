@@ -517,7 +517,7 @@ def train(args, context):
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        every = max(10, len(problems) // 256 + 1)  # of the whole file, which may be sorted
+        every = max(10, -(-len(problems) // 256))  # of the whole file, which may be sorted
         val_problems = problems[::every]  # (256,) at most
         del problems[::every]
         print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")

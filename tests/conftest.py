@@ -1,4 +1,5 @@
-"""One thread a process: for models this small two gain nothing, and wait for each other."""
+"""One thread a process: for models this small a second gains little, and beside another program
+on the same cores the two wait for each other."""
 
 import os
 

@@ -42,7 +42,9 @@ def start(command, said=os.devnull, **environment):
 
 
 def run(command, said=os.devnull, **environment):
-    """Its exit status."""
+    """Its exit status; -9 if it has not ended in two minutes."""
     process = start(command, said, **environment)
+    process.join(120)
+    process.kill()
     process.join()
     return process.exitcode

@@ -396,7 +396,7 @@ def test_replay_returns_what_rollout_did(tmp_path):
 @pytest.mark.parametrize("script", ["fkl_warmup.py", "opd.py"])
 def test_sigkill_changes_no_bit(script, data, tmp_path):
     """The run on disk is grpo.py's (test_siblings.py), tested there at every touch of the disk."""
-    arguments = [script, *command(data, "--steps", "12", "--save-every", "4"), "--out"]
+    arguments = [script, *command(data, "--steps", "24", "--save-every", "4"), "--out"]
     assert run([*arguments, tmp_path / "whole"]) == 0
     killed = tmp_path / "killed"
     lines = killed / "metrics.jsonl"
@@ -406,6 +406,7 @@ def test_sigkill_changes_no_bit(script, data, tmp_path):
         time.sleep(0.002)
     process.kill()
     process.join()
+    assert process.exitcode == -9  # killed, not ended
     assert run([*arguments, killed]) == 0
     for name in ("final", "best"):
         mine, theirs = (tmp_path / run / name / "model.safetensors" for run in ("whole", "killed"))

@@ -325,14 +325,17 @@ def test_problems_on_both_sides_are_told(script, data, capsys):
 
 @every_script
 def test_what_is_set_aside_comes_from_the_whole_file(script, data, monkeypatch, capsys):
-    """Which may be sorted: of 2,600 problems every eleventh."""
-    rows = [json.dumps({"problem": f"{i}+1", "answer": f"{i + 1}"}) for i in range(2600)]
-    Path("data.jsonl").write_text("\n".join(rows))
+    """Which may be sorted: of 2,560 problems every tenth, of one more every eleventh."""
     seen = []
     monkeypatch.setattr(script, "validate", lambda *a: seen.append(a[2]) or 0.0)
-    run(script)
-    assert [p["problem"] for p in seen[0]] == [f"{i}+1" for i in range(0, 2600, 11)]
-    assert "1 in 11 problems set aside for it, 237 in all" in capsys.readouterr().out
+    for count, every, in_all in (2560, 10, 256), (2561, 11, 233):
+        rows = [json.dumps({"problem": f"{i}+1", "answer": f"{i + 1}"}) for i in range(count)]
+        Path("data.jsonl").write_text("\n".join(rows))
+        seen.clear()
+        run(script, "--overwrite")
+        assert [p["problem"] for p in seen[0]] == [f"{i}+1" for i in range(0, count, every)]
+        said = f"1 in {every} problems set aside for it, {in_all} in all"
+        assert said in capsys.readouterr().out
 
 
 @every_script

@@ -1028,7 +1028,7 @@ def test_a_kill_at_any_touch_of_the_disk_changes_no_bit(tmp_path, data, monkeypa
 
 
 def test_sigkill_at_random_moments_changes_no_bit(tmp_path, data):
-    more = ["--steps", "40", "--save-every", "2", "--samples-per-prompt", "8"]
+    more = ["--steps", "60", "--save-every", "5", "--samples-per-prompt", "8"]
     arguments = ["grpo.py", *command(data, *more), "--out"]
     assert run([*arguments, tmp_path / "whole"]) == 0
     rng, killed = random.Random(0), tmp_path / "killed"
@@ -1039,6 +1039,7 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path, data):
         time.sleep(rng.random())
         process.kill()
         process.join()
+        assert process.exitcode == -9  # killed, not ended
     assert run([*arguments, killed]) == 0
     same_run(tmp_path / "whole", killed)
 
