@@ -13,9 +13,10 @@ the student (in no count of tokens), graded against labels, once before training
 Ours: the mean of Eq. 3 is over the problems of the whole update (few of them even the weights out,
 and a single one cancels its own); problems of weight 0 are not sampled, so that whatever the
 weights, a step has as many rollouts. In the pocket world this choice is what helps, and the shape
-of Eq. 1 adds nothing (tiny/EVIDENCE.md). --self: the teacher is the frozen start model, which sees
-the answer in its prompt (--hint). Of the paper's settings we know alpha and beta; the preset has
-those of OPD in the other paper. vs opd.py: the weights, and a schedule of both directions.
+of Eq. 1 adds next to nothing (tiny/EVIDENCE.md). --self: the teacher is the frozen start model,
+which sees the answer in its prompt (--hint). Of the paper's settings we know alpha and beta; the
+preset has those of OPD in the other paper. vs opd.py: the weights, and a schedule of both
+directions.
 
     python paced.py                         the pocket student: half a minute on two cores
     python paced.py --self --student Qwen/Qwen3-1.7B --data labelled.jsonl --val-data val.jsonl
