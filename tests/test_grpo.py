@@ -15,14 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import eval_math
 import fkl_warmup
@@ -461,35 +454,45 @@ def test_what_is_sampled_is_what_is_scored(teacher, tokenizer, monkeypatch):
     assert len(seen[1]) == len(prompts)
 
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=0)
+WINDOW = dict(sliding_window=3, head_dim=8)  # shorter than a prompt and a token
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize(
-    "config",
+    ("kind", "more"),
     [
-        GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=3),
-        GPTNeoXConfig(**SIZES, intermediate_size=64),
-        LlamaConfig(**SIZES, intermediate_size=64),
+        ("gpt2", dict(n_embd=32, n_layer=2, n_head=2)),
+        ("gpt_neox", {}),
+        ("llama", {}),
+        ("mistral", WINDOW),
+        ("gemma3_text", WINDOW | dict(layer_types=["sliding_attention", "full_attention"] * 2)),
+        ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
     ],
-    ids=lambda config: config.model_type,
 )
-def test_any_causal_model_is_sampled_and_scored(config, monkeypatch):
-    """They take the cache at other places, and its old name only with a warning."""
+def test_any_causal_model_is_sampled_and_scored(kind, more, monkeypatch):
+    """They take the cache at other places, its old name only with a warning; two have windows."""
     torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | {"eos_token_id": 3} | more)
     model, prompts = AutoModelForCausalLM.from_config(config).eval(), [[5, 6, 7], [8, 9]]
+    for weight in model.parameters():  # else attention hardly tells one position from another
+        weight.data += torch.randn_like(weight) / 5
     model.generation_config.eos_token_id = 3
-    args = types.SimpleNamespace(rollout_batch=4, max_new_tokens=8, temperature=1.0)
+    args = types.SimpleNamespace(rollout_batch=4, max_new_tokens=8, temperature=100.0)
     drawn, choose = [], grpo.choose
     monkeypatch.setattr(grpo, "choose", lambda z, *rest: drawn.append(z) or choose(z, *rest))
     ids, mask, _ = grpo.rollout(model, prompts, 2, np.random.default_rng(0), args)
     scored = scored_rows(model, [p for p in prompts for _ in range(2)], ids, mask)
     with torch.no_grad():
-        alone = model(torch.cat([torch.tensor([[8, 9]]), ids[2:3, mask[2]]], 1)).logits[0, 1:-1]
+        whole = torch.cat([torch.tensor([[8, 9]]), ids[2:3, mask[2]]], 1)
+        alone = model(whole, use_cache=False).logits[0, 1:-1]
     assert torch.allclose(scored[2], alone, atol=1e-4)
-    assert len(drawn[1]) == 4  # all are still there: of the prefill and of the step after it
-    for t in range(2):  # GPT-2 is the one that tells a wrong position
-        assert torch.allclose(drawn[t], torch.stack([z[t] for z in scored]), atol=1e-4)
+    together = [z for z in drawn if len(z) == 4]  # until a row has left
+    assert len(together) > 3  # beyond the window
+    for t, logits in enumerate(together):
+        for i in mask[:, t].nonzero()[:, 0].tolist():
+            assert torch.allclose(logits[i], scored[i][t], atol=1e-4)
 
 
 def test_batched_scoring_equals_one_by_one(teacher, tokenizer):
