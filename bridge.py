@@ -309,7 +309,7 @@ def report(args, runs, val_labels):
             "validation": val_labels if sparse else 0,
             "updates": len(sparse) * times,
             "dense updates": len(lines) - len(sparse),
-            "rollout tokens": sum(line["tokens"] for line in lines),
+            "rollout tokens": sum(r["tokens"] for s in steps if s != "replay" for r in logs[s]),
             "minutes": sum(line["seconds"] for line in lines) / 60,
         }
         arms[arm] = {"steps": steps, **models[steps[-1]], "cost": cost}

@@ -78,7 +78,8 @@ def fail(message):
 def model_path(path):
     """A model's directory, which has a config.json, or a name of the hub."""
     config = Path(path, "config.json")
-    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+    found = config.exists() and "model_type" in config.read_text()
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
@@ -415,14 +416,19 @@ def draw(model, tokenizer, problems, rows, args):
 
 
 # --- metrics --------------------------------------------------------------------------------------
+def same_vote(one, other):
+    """Equal answers, whichever reads the other. Costly ones as texts: there are many pairs."""
+    costly = COSTLY.search(one) or COSTLY.search(other)
+    return one == other or not costly and (same_answer(one, other) or same_answer(other, one))
+
+
 def measure(samples, ks):
     """The numbers of one problem; the first of its samples is the greedy one."""
     greedy, *drawn = samples
     n, c = len(drawn), sum(sample["right"] for sample in drawn)
-    votes = {}  # for wrong answers; of equal ones, whichever reads the other, the first gets all
+    votes = {}  # for wrong answers; of equal ones the first gets all
     for answer in (s["answer"] for s in drawn if not s["right"] and s["answer"] is not None):
-        same = (v for v in votes if same_answer(v, answer) or same_answer(answer, v))
-        first = next(same, answer)
+        first = next((vote for vote in votes if same_vote(vote, answer)), answer)
         votes[first] = votes.get(first, 0) + 1
     ballot = [c, *votes.values()]
     return {

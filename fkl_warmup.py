@@ -83,7 +83,8 @@ def fail(message):
 def model_path(path):
     """A model's directory, which has a config.json, or a name of the hub."""
     config = Path(path, "config.json")
-    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+    found = config.exists() and "model_type" in config.read_text()
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
@@ -298,15 +299,20 @@ def decode(model, prompts, owner, noise, temperature):
 def rollout(model, prompts, group, rng, args):
     """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, FSDPModule):
-            layer.unshard()  # all weights, so that decoding waits for no other process
+    sharded = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in sharded]
+    for layer in sharded:
+        layer.unshard()  # all weights, so that decoding waits for no other process
+        # FSDP2's hooks have nothing to do now, and would still take a quarter of a token's time.
+        layer._forward_pre_hooks, layer._forward_hooks = {}, {}
     owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
     with autocast(model):
         for part in tqdm(owner.split(args.rollout_batch), "rollout", **INNER_BAR):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    for layer, kept in zip(sharded, hooks, strict=True):
+        layer._forward_pre_hooks, layer._forward_hooks = kept
     torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -439,6 +445,10 @@ def open_run(args, problems):
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    # Training moves all weights, so that their beginning tells one model from another.
+    models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
+    weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
+    texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     config = {"settings": settings, "versions": versions, **hashes}

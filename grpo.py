@@ -90,7 +90,8 @@ def fail(message):
 def model_path(path):
     """A model's directory, which has a config.json, or a name of the hub."""
     config = Path(path, "config.json")
-    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+    found = config.exists() and "model_type" in config.read_text()
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
@@ -298,12 +299,12 @@ def grade(tokenizer, completion_ids, mask, golds):
     texts, rewards, slow = [], [], 0
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
-        answer, began = last_boxed(texts[-1]), time.monotonic()
-        # Hostile answers take a second each. After ten and 1 % of all no more LaTeX is read, for a
-        # step not to stall.
+        answer, began = last_boxed(texts[-1]), time.process_time()
+        # Hostile answers take a second each. After ten of them and 1 % of all, no more LaTeX is
+        # read, lest a step stall. Seconds of this process: a busy machine must cost no reward.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
-        slow += time.monotonic() - began > 0.5
+        slow += time.process_time() - began > 0.5
     return texts, rewards
 
 
@@ -383,15 +384,20 @@ def decode(model, prompts, owner, noise, temperature):
 def rollout(model, prompts, group, rng, args):
     """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, FSDPModule):
-            layer.unshard()  # all weights, so that decoding waits for no other process
+    sharded = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in sharded]
+    for layer in sharded:
+        layer.unshard()  # all weights, so that decoding waits for no other process
+        # FSDP2's hooks have nothing to do now, and would still take a quarter of a token's time.
+        layer._forward_pre_hooks, layer._forward_hooks = {}, {}
     owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
     with autocast(model):
         for part in tqdm(owner.split(args.rollout_batch), "rollout", **INNER_BAR):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    for layer, kept in zip(sharded, hooks, strict=True):
+        layer._forward_pre_hooks, layer._forward_hooks = kept
     torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -441,10 +447,10 @@ def group_advantage(reward, kind):
 def policy_loss(logp, logp_old, advantage, mask, n_tokens):
     """The loss of a micro-batch (n, T), advantage (n, 1); n_tokens counts the whole update."""
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # Eq. 2
-    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    bounded = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     # The dual clip: one ratio that has exploded must not outweigh all other tokens.
     floor = torch.where(advantage < 0, DUAL_CLIP * advantage, -torch.inf)  # (n, 1)
-    objective = torch.minimum(ratio * advantage, clipped * advantage).maximum(floor)  # Eq. 3
+    objective = torch.minimum(ratio * advantage, bounded * advantage).maximum(floor)  # Eq. 3
     return -(objective * mask).sum() / n_tokens  # Eq. 4
 
 
@@ -468,6 +474,10 @@ def open_run(args, problems):
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    # Training moves all weights, so that their beginning tells one model from another.
+    models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
+    weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
+    texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     config = {"settings": settings, "versions": versions, **hashes}
@@ -631,24 +641,24 @@ def train(args, context):
         if args.show:
             return show(tokenizer, completion_ids[row][mask[row]], advantage[row], "advantage")
 
+        # Of the step's problems each update has a share, in their order: whole groups, and the same
+        # ones whatever the number of processes.
+        turn = (torch.arange(n)[RANK::WORLD] * args.updates_per_step // n).repeat_interleave(group)
+        updates = [rows[turn == i] for i in range(args.updates_per_step)]
+
         # 3 score: pi_old, where several updates share the rollouts; pi itself just before its loss
-        # As in a micro-batch, a completion stands at the right end of its row (in completion_ids,
-        # at the left).
-        logp_old = torch.zeros(mask.shape, device=model.device)  # (N, T)
-        if args.updates_per_step > 1:
-            for part, own, ids, keep in micro_batches(rows, batch, completion_ids, mask, args):
+        logp_old = []  # of every micro-batch (n, T), in the order in which the loss takes them
+        for update in updates if args.updates_per_step > 1 else ():
+            for _, own, ids, keep in micro_batches(update, batch, completion_ids, mask, args):
                 with torch.no_grad():
                     logp = token_logprob(score(model, own, ids, keep), ids, args.temperature)[0]
-                logp_old[part, mask.shape[1] - ids.shape[1] :] = logp
+                logp_old.append(logp)
 
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         model.train()
         entropy_sum = 0.0
-        # Of the step's problems each update has a share, in their order: whole groups, and the same
-        # ones whatever the number of processes.
-        turn = (torch.arange(n)[RANK::WORLD] * args.updates_per_step // n).repeat_interleave(group)
-        for update in (rows[turn == i] for i in range(args.updates_per_step)):
+        for update in updates:
             n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages gradients
             for part, own, ids, keep in micro_batches(update, batch, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)
@@ -656,8 +666,7 @@ def train(args, context):
                 logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)
                 del logits  # else they would live on beside those of the next part
                 # 4 loss
-                old = logp_old[part, mask.shape[1] - ids.shape[1] :]  # (n, T)
-                old = old if args.updates_per_step > 1 else logp.detach()
+                old = logp_old.pop(0) if logp_old else logp.detach()  # (n, T)
                 policy_loss(logp, old, advantage[part], keep, n_tokens).backward()
                 entropy_sum += float((entropy.detach() * keep).sum())
             # 5 update

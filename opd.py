@@ -10,8 +10,9 @@ teacher's ways of working. No label is read: --data needs no answers.
   Eq. 3  --estimator sampled: the advantage of y_t is log pi_T(y_t|s_t) - log pi_S(y_t|s_t)
 
 The sampling is not differentiated: the gradient is that of Eq. 2 at fixed prefixes. Its negative is
-the policy gradient whose reward for a token is log pi_T - log pi_S, and Eq. 3 is its cheap, noisy
-estimate. (Eq. 1 as the advantage does not depend on y_t: its expected gradient would be zero.)
+the policy gradient whose reward for a token is that token's log pi_T - log pi_S alone, without what
+follows it, and Eq. 3 is its cheap, noisy estimate. (Eq. 1 as the advantage does not depend on y_t:
+its expected gradient would be zero.)
 vs fkl_warmup.py: who samples, and the direction of the KL.
 
     python opd.py                           the pocket student: about a minute on two cores
@@ -85,7 +86,8 @@ def fail(message):
 def model_path(path):
     """A model's directory, which has a config.json, or a name of the hub."""
     config = Path(path, "config.json")
-    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+    found = config.exists() and "model_type" in config.read_text()
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
@@ -300,15 +302,20 @@ def decode(model, prompts, owner, noise, temperature):
 def rollout(model, prompts, group, rng, args):
     """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, FSDPModule):
-            layer.unshard()  # all weights, so that decoding waits for no other process
+    sharded = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in sharded]
+    for layer in sharded:
+        layer.unshard()  # all weights, so that decoding waits for no other process
+        # FSDP2's hooks have nothing to do now, and would still take a quarter of a token's time.
+        layer._forward_pre_hooks, layer._forward_hooks = {}, {}
     owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
     with autocast(model):
         for part in tqdm(owner.split(args.rollout_batch), "rollout", **INNER_BAR):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    for layer, kept in zip(sharded, hooks, strict=True):
+        layer._forward_pre_hooks, layer._forward_hooks = kept
     torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -421,6 +428,10 @@ def open_run(args, problems):
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    # Training moves all weights, so that their beginning tells one model from another.
+    models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
+    weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
+    texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     config = {"settings": settings, "versions": versions, **hashes}

@@ -98,7 +98,8 @@ def fail(message):
 def model_path(path):
     """A model's directory, which has a config.json, or a name of the hub."""
     config = Path(path, "config.json")
-    if Path(path).is_dir() and not (config.exists() and "model_type" in config.read_text()):
+    found = config.exists() and "model_type" in config.read_text()
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
@@ -311,12 +312,12 @@ def grade(tokenizer, completion_ids, mask, golds):
     texts, rewards, slow = [], [], 0
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
-        answer, began = last_boxed(texts[-1]), time.monotonic()
-        # Hostile answers take a second each. After ten and 1 % of all no more LaTeX is read, for a
-        # step not to stall.
+        answer, began = last_boxed(texts[-1]), time.process_time()
+        # Hostile answers take a second each. After ten of them and 1 % of all, no more LaTeX is
+        # read, lest a step stall. Seconds of this process: a busy machine must cost no reward.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
-        slow += time.monotonic() - began > 0.5
+        slow += time.process_time() - began > 0.5
     return texts, rewards
 
 
@@ -396,15 +397,20 @@ def decode(model, prompts, owner, noise, temperature):
 def rollout(model, prompts, group, rng, args):
     """`group` completions for each prompt, N = B * group rows, --rollout-batch of them at once."""
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, FSDPModule):
-            layer.unshard()  # all weights, so that decoding waits for no other process
+    sharded = [layer for layer in model.modules() if isinstance(layer, FSDPModule)]
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in sharded]
+    for layer in sharded:
+        layer.unshard()  # all weights, so that decoding waits for no other process
+        # FSDP2's hooks have nothing to do now, and would still take a quarter of a token's time.
+        layer._forward_pre_hooks, layer._forward_hooks = {}, {}
     owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
     with autocast(model):
         for part in tqdm(owner.split(args.rollout_batch), "rollout", **INNER_BAR):
             noise = torch.from_numpy(rng.random((len(part), args.max_new_tokens))).to(model.device)
             own = prompts[part[0] : part[-1] + 1]
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
+    for layer, kept in zip(sharded, hooks, strict=True):
+        layer._forward_pre_hooks, layer._forward_hooks = kept
     torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -449,7 +455,7 @@ def pass_rates(student, tokenizer, problems, path, rng, args):
     known = gather(json.loads(path.read_text()) if path and path.exists() else [])[0]
     # The pool may be large: as many problems at once as a step has, at least one a process.
     parts = np.array_split(problems, np.arange(n, len(problems) - WORLD + 1, n))
-    for part in tqdm(parts, "pass rates", **INNER_BAR):
+    for part in tqdm(parts[: 1 if args.show else None], "pass rates", **INNER_BAR):
         own = np.array_split(part, WORLD)[RANK]
         if len(rates) + len(part) <= len(known):
             rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # past what it drew
@@ -563,6 +569,10 @@ def open_run(args, problems):
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
+    # Training moves all weights, so that their beginning tells one model from another.
+    models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
+    weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
+    texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     config = {"settings": settings, "versions": versions, **hashes}

@@ -396,6 +396,8 @@ def test_all_arms_run_and_each_step_once(whole):
         both = (cell.format(**measured[key]) for key in ("avg@2", "greedy"))
         assert f"| **{arm}** | {' | '.join(both)} |" in table
         assert row["cost"]["minutes"] > 0 and row["cost"]["rollout tokens"] > 0
+    tokens = {arm: row["cost"]["rollout tokens"] for arm, row in results["arms"].items()}
+    assert tokens["replay"] == tokens["bridge"] < tokens["more-opd"]
 
 
 def test_what_each_arm_has_used(whole):

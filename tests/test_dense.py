@@ -503,6 +503,18 @@ def test_bad_rollouts(data, tmp_path, capsys, line, said):
 
 
 @pytest.mark.parametrize("script", [fkl_warmup, opd])
+def test_a_teacher_that_was_replaced_is_not_the_same_run(script, data, tmp_path, capsys):
+    weights = shutil.copytree(TEACHER, tmp_path / "teacher") / "model.safetensors"
+    run = command(data, "--teacher", str(weights.parent), "--out", str(tmp_path / "run"))
+    script.main([*run, "--steps", "1"])
+    old = weights.read_bytes()
+    weights.write_bytes(old[: 2**19] + bytes(4) + old[2**19 + 4 :])
+    assert "run: the model was edited" in refusal(capsys, script, [*run, "--steps", "2"])
+    weights.write_bytes(old)
+    script.main([*run, "--steps", "2"])
+
+
+@pytest.mark.parametrize("script", [fkl_warmup, opd])
 @pytest.mark.parametrize(
     ("more", "said"),
     [

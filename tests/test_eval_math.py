@@ -112,6 +112,15 @@ def test_wrong_answers_vote_together_whichever_is_read_first():
         assert eval_math.measure([samples[0], *samples], [])["maj@3"] == 0
 
 
+def test_costly_votes_are_compared_as_texts(monkeypatch):
+    """Each pair of them would take a second or two, and sixteen votes are 120 pairs."""
+    monkeypatch.setattr(eval_math.math_verify, "verify", lambda *_, **__: pytest.fail("computed"))
+    towers = [f"9^{{9^{{9^{{{i}}}}}}}" for i in range(3)]
+    samples = [sample(text, False) for text in [*towers, towers[0], "5"]]
+    assert eval_math.same_vote(towers[0], towers[0]) and not eval_math.same_vote("5", towers[0])
+    assert eval_math.measure([samples[0], *samples], [])["maj@5"] == 0
+
+
 def test_every_number_of_the_table():
     right, wrong, none = sample("5", True, 3), sample("6", False, 5, True), sample(None, False, 9)
     problems = [[right, right, right, right, wrong], [wrong, wrong, wrong, none, right]]

@@ -722,7 +722,7 @@ def test_a_batch_spends_seconds_at_most_on_what_no_screen_catches(tokenizer, mon
     texts = [f"\\boxed{{x + {i}}}" for i in range(99)] + ["\\boxed{99}", "\\boxed{099}"]
     monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, i, **_: texts[int(i[0])])
     clock = iter(range(10_000))
-    monkeypatch.setattr(grpo.time, "monotonic", lambda: next(clock))  # each answer takes a second
+    monkeypatch.setattr(grpo.time, "process_time", lambda: next(clock))  # each takes a second
     calls = []
     monkeypatch.setattr(grpo, "same_answer", lambda *a: calls.append(a) or False)
     ids = torch.arange(101)[:, None]
@@ -1220,12 +1220,17 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
         said = refusal(capsys, command(data, "--out", str(stranger), *more))
         assert "give another --out" in said
     assert (stranger / "thesis.tex").exists()
-    model = shutil.copytree(TEACHER, tmp_path / "model")  # it has a config.json, too
+    model = shutil.copytree(TEACHER, tmp_path / "model")
+    other = command(data, "--model", str(model), "--out", str(tmp_path / "other"), "--steps", "1")
+    grpo.main(other)
+    shutil.copy(out / "final/model.safetensors", model)
+    assert "the model was edited" in refusal(capsys, other)
+    # A model's directory has a config.json, too.
     for more in ([], ["--overwrite"]):
         said = refusal(capsys, command(data, "--out", str(model), *more))
         assert "give another --out" in said
     assert (model / "model.safetensors").exists()
-    for no_model in (out, tmp_path, ROOT / "tiny"):
+    for no_model in (out, tmp_path, ROOT / "tiny", "runs/nowhere/best"):
         said = refusal(capsys, command(data, "--model", str(no_model)))
         assert "holds no model; of a run take its best/ or its final/" in said
     for file in model.glob("*token*"):

@@ -555,6 +555,20 @@ def test_show_prints_the_weighted_kl_of_every_token(data, tmp_path, monkeypatch,
     assert not (tmp_path / "runs").exists()
 
 
+def test_show_measures_the_pass_rates_of_one_step_s_problems(data, tmp_path, monkeypatch):
+    """A pool may have thousands, and one rollout is to be shown."""
+    monkeypatch.chdir(tmp_path)
+    graded = []
+
+    def verdicts(tokenizer, completion_ids, mask, golds):
+        graded.extend(golds)
+        return None, [float(i % 2) for i in range(len(golds))]
+
+    monkeypatch.setattr(paced, "grade", verdicts)
+    paced.main(taught(data, "--show", "--pass-rollouts", "4"))
+    assert len(graded) == 3 * 4 < len(PROBLEMS) * 4
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

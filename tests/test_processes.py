@@ -60,7 +60,14 @@ def uneven_grade(tokenizer, completion_ids, mask, golds):
 
 
 def as_on_gpus(script):
-    """FSDP2, autocast and the teacher in bf16."""
+    """FSDP2, autocast and the teacher in bf16. No token is decoded through FSDP2's hooks."""
+    decode = script.decode
+
+    def spy(model, *rest):
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+        return decode(model, *rest)
+
+    script.decode = spy
     policy, load = script.MixedPrecisionPolicy, getattr(script, "load_teacher", None)
     script.MixedPrecisionPolicy = lambda param_dtype, **more: policy(torch.bfloat16, **more)
     script.autocast = lambda model: torch.autocast("cpu", torch.bfloat16)

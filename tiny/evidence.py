@@ -1,6 +1,6 @@
 """Every claim of both papers on the pocket world, over seeds: run, compared, called by its name.
 
-    python tiny/evidence.py                           what is there already does not run again
+    python tiny/evidence.py                           what these very scripts made is not run again
     python tiny/evidence.py --tune --seeds 100 101    how the learning rates were chosen
 
 A seed redraws all that comes after the base models: the split of the labels, the order, every
