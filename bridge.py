@@ -32,7 +32,7 @@ import grpo  # its presets, and how it reads problems
 
 # --- the recipe -----------------------------------------------------------------------------------
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
-KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # of a run, for the next
+KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # what a step hands on
 SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (steps ours, rates the paper's)
     "--teacher-rl-steps": (10, 100),  # tiny: short of its ceiling, which leaves step 3 something
     "--teacher-rl-lr": (3e-4, 1e-6),
@@ -49,7 +49,7 @@ SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (steps ours, rat
 
 
 def recipe_steps(s):
-    """{step: (script, flags)} in the order of the runs; in capitals what is there before."""
+    """{step: (script, flags)} in the order of the runs; what is there before is in capitals."""
     updates, samples = s.grpo.updates_per_step, s.grpo.samples_per_prompt
     problems = s.grpo.prompts_per_step // updates
     dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
@@ -156,9 +156,9 @@ def split_problems(args, tokenizer):
     """{name: rows}: the labels of steps 1 and 3, those of validation, and problems without."""
 
     def read(path, labelled=True):
-        context = args.context if labelled else float("inf")  # else who reads them skips
+        context = args.context if labelled else float("inf")  # else their reader skips long ones
         problems = grpo.load_problems(path, tokenizer, args.grpo, context)
-        if labelled and not args.dry_run:  # said now: the step that needs it may be hours away
+        if labelled and not args.dry_run:  # told now, not in the step hours later
             grpo.read_answers(problems)
         rows = {}
         for problem in problems:  # each once, because labels are counted by problem
@@ -229,11 +229,11 @@ def place(args, name, script, flags):
 
 def launch(command):
     """Runs a command, whose output goes where ours goes; its exit status."""
-    process = subprocess.Popen(command, close_fds=False)  # it holds the lock, too
+    process = subprocess.Popen(command, close_fds=False)  # so that it inherits the lock
     try:
         return process.wait()
     finally:
-        process.terminate()  # where it has not ended because we are stopped
+        process.terminate()  # if we are stopped before it has ended
         process.wait()  # else it would outlive us, if only by a moment
 
 
@@ -371,5 +371,5 @@ def main(argv=None):
 if __name__ == "__main__":
     os.environ["PYTHONUNBUFFERED"] = "1"
     sys.stdout.reconfigure(line_buffering=True)  # ours and the scripts' lines in their order
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a step is ended with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that launch() ends the step, too
     main()

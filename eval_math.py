@@ -30,7 +30,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Before torch is there: threads that wait spin only briefly, not while another program has a core.
+# Set before torch starts its threads: one that waits spins briefly, then leaves its core to others.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import math_verify
@@ -69,7 +69,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
+    # An error that all ranks meet is printed once: the others wait until rank 0's exit ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -123,11 +123,11 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def start_processes(device):
-    """Under torchrun: finds the others, and leaves the talking to rank 0."""
-    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+    """Under torchrun: joins the other processes; only rank 0 prints."""
+    if device == "cuda":  # cuDNN's attention would make a new plan at every token
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+    if WORLD > 1:  # a rank may wait for another's rollout for longer than the usual ten minutes
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
@@ -135,7 +135,7 @@ def start_processes(device):
 
 
 def gather(item):
-    """What every process holds, a list in the order of their ranks."""
+    """The items of all processes, a list in the order of their ranks."""
     items = [item] * WORLD
     if WORLD > 1:
         dist.all_gather_object(items, item)
@@ -146,7 +146,7 @@ def gather(item):
 def fetch(name):
     """The rows of a benchmark as lines of JSON, from the hub or from what its client has kept."""
     repo, file, *split = BENCHMARKS[name]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would count its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells of every retry
     try:
         if not split:
             return Path(hf_hub_download(repo, file, repo_type="dataset")).open("rb")
@@ -174,7 +174,7 @@ def render(text, tokenizer, args):
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
-        # A template that writes today's date writes this one: no prompt may change overnight.
+        # Some templates write today's date. They get this one: no prompt may change overnight.
         dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
@@ -207,7 +207,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- grading --------------------------------------------------------------------------------------
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a verdict, not an event
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a wrong answer, not news
 ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
@@ -222,7 +222,7 @@ FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
 def last_boxed(text):
     r"""What the last balanced \boxed{} holds, or None."""
-    # The last eight: a text of nothing but boxes must not take a minute.
+    # Only the last eight are tried: a text of nothing but open boxes would take minutes.
     for box in reversed(list(re.finditer(r"\\boxed\s*\{(?!\s*\})", text))[-8:]):
         depth, start = 1, box.end()
         for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
@@ -237,7 +237,7 @@ def parse_answer(answer):
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
     # A letter at the end is a unit after a number and a space, else a variable: 4t is not 4 tons.
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
-    # Within a fraction it does not know \pm.
+    # It cannot read \pm within a fraction, so it gets the answer with either sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
@@ -251,8 +251,8 @@ def read_answers(problems):
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
-        # A sentence, or a text with \boxed 2 in it, would be read as a product of letters; what
-        # stands in a box is meant.
+        # A sentence, or a text with \boxed 2 in it, would be read as a product of letters: it is
+        # no answer, unless it stands in a box.
         meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
@@ -290,7 +290,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
+        # Under autocast the keys' norm returns fp32: cast once here, or the cache at every token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -308,7 +308,7 @@ class KVLayer(DynamicLayer):
 
 
 def pad_left(texts, device):
-    """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
+    """The texts' ids, padded on the left with 0, and the mask of what is no padding, (n, L)."""
     ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
@@ -322,7 +322,7 @@ def choose(logits, sampling, noise):
     running = p.cumsum(-1)
     last = (~(running - p >= top_p)).sum(-1, keepdim=True) - 1  # (n, 1), the one to reach top_p
     place = torch.searchsorted(running / running.gather(1, last), noise[:, None], right=True)
-    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)  # the clamp: NaN
+    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)  # V if NaN
 
 
 @torch.inference_mode()
@@ -338,21 +338,21 @@ def decode(model, prompts, owner, noise, temperature):
     logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
-    rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # those of them that go on
+    rows = torch.arange(len(noise), device=noise.device)  # what is still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of it have not ended
     for t in range(noise.shape[1]):
         token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
         alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: not for a few
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache, so not just a few
             cache.batch_select_indices(alive)
             rows, attention, position = rows[alive], attention[alive], position[alive]
             token, alive = token[alive], alive[alive]
         attention, position = pad(attention, (0, 1), value=1), position + 1
         out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
-    # Up to and with the first EOS, by position: the padding may be the EOS token too.
+    # The first EOS belongs to the completion. By position, as the padding may be the same token.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
@@ -368,11 +368,11 @@ def write_whole(path, content):
 def open_run(args, model, problems):
     """The directory of the run, made or reopened, its config, and the samples that it holds."""
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    # What no sample depends on (but for rounding, on the last).
+    # Settings that no sample depends on (on the last one only through rounding).
     asked = ("out", "k", "plot", "regrade", "compare", "rollout_batch")
     config = {"settings": {k: v for k, v in vars(args).items() if k not in asked}}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
-    # Training moves the first values of a tensor, and a template shows in the first prompt.
+    # What tells models apart: training moves the first values, a template shows in a prompt.
     values = [p.detach().flatten()[:256].float().tolist() for p in model.parameters()]
     pairs = [[problem["problem"], problem["answer"]] for problem in problems]
     code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
@@ -388,7 +388,7 @@ def open_run(args, model, problems):
             fail(f"{out}: {', '.join(differs)}: a new --out keeps both; --regrade takes no samples")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs in a second
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs of one second
     write_whole(path, config)
     path = out / "samples.jsonl"
     path.touch()
@@ -457,7 +457,7 @@ def intervals(rows, resamples=4000):
 def report(out, lines, args, config):
     """Writes results.json, prints its table and draws its picture."""
     n = max((line["index"] for line in lines), default=0)
-    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # the whole ones
+    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # those with all samples
     ks = sorted(args.k or {n, *(2**i for i in range(n.bit_length()))})
     if not problems or not 1 <= ks[0] <= ks[-1] <= n:
         fail(f"{out}: {len(problems)} problems with all {n} samples; --k must be from 1 to {n}")
@@ -470,7 +470,7 @@ def report(out, lines, args, config):
             own = [row for row, other in zip(rows, names, strict=True) if other == name]
             by[field][name] = {"problems": len(own)} | intervals(own)
             strata[f"{avg}, {field} {name}"] = by[field][name][avg]
-    each = [  # what --compare pairs
+    each = [  # for --compare
         {"avg": row[avg], "greedy": row["greedy"], "maj": row[f"maj@{n}"], "where": own[0]["where"]}
         for row, own in zip(rows, problems, strict=True)
     ]
@@ -550,7 +550,7 @@ def main(argv=None):
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
-        time.sleep(1)  # for gloo's threads: one that is still busy when Python ends would abort it
+        time.sleep(1)  # for gloo's threads: one that is still at work would abort Python's exit
 
 
 def evaluate(args, context):
@@ -573,7 +573,7 @@ def evaluate(args, context):
 
     rows = [(number, index) for number in range(len(problems)) for index in range(args.n + 1)]
     bar = tqdm(desc="eval", total=len(rows), initial=len(lines), disable=RANK > 0)
-    # A batch that a kill cut short is drawn whole: in other company a row's logits round otherwise.
+    # A batch cut short by a kill is drawn anew, whole: beside other rows logits round differently.
     size = args.rollout_batch
     done = len(lines) if len(lines) == len(rows) else len(lines) // size * size
     for start in range(done, len(rows), size * WORLD):  # a batch for each process

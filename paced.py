@@ -37,7 +37,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Before torch is there: threads that wait spin only briefly, not while another program has a core.
+# Set before torch starts its threads: one that waits spins briefly, then leaves its core to others.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import math_verify
@@ -89,7 +89,7 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 def fail(message):
     """A person reads this: one line on stderr, exit status 2."""
-    # What fails on all ranks is said once, by rank 0, whose end ends the others: so they wait.
+    # An error that all ranks meet is printed once: the others wait until rank 0's exit ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -131,7 +131,7 @@ def parse_arguments(argv):
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
-    own_data = args.data is not None  # is validated on a share of itself
+    own_data = args.data is not None  # without --val-data a share of it validates
     for name, tiny, paper, least, _ in FLAGS:
         key = name[2:].replace("-", "_")
         if getattr(args, key) is None and not (own_data and key == "val_data"):
@@ -144,15 +144,15 @@ def parse_arguments(argv):
 # --- processes ------------------------------------------------------------------------------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
-INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, if it takes long
+INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, after 2 s
 
 
 def start_processes(device):
-    """Under torchrun: finds the others, and leaves the talking to rank 0."""
-    if device == "cuda":  # cuDNN's attention makes a plan for every length, so at every token
+    """Under torchrun: joins the other processes; only rank 0 prints."""
+    if device == "cuda":  # cuDNN's attention would make a new plan at every token
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1:  # some rollouts take far longer than the usual ten minutes
+    if WORLD > 1:  # a rank may wait for another's rollout for longer than the usual ten minutes
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     if RANK:
         sys.stdout = open(os.devnull, "w")
@@ -160,7 +160,7 @@ def start_processes(device):
 
 
 def gather(item):
-    """What every process holds, a list in the order of their ranks."""
+    """The items of all processes, a list in the order of their ranks."""
     items = [item] * WORLD
     if WORLD > 1:
         dist.all_gather_object(items, item)
@@ -173,12 +173,12 @@ def total(*numbers):
 
 
 def shard(model):
-    """FSDP2: of every weight, gradient and moment each process keeps its share."""
+    """FSDP2: each process keeps a share of every weight, gradient and moment."""
     if WORLD > 1:
         on = dist.init_device_mesh(model.device.type, (WORLD,))
         compute = torch.bfloat16 if model.device.type == "cuda" else None
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        for layer in [*model.model.layers, model]:  # whole from a forward pass to its gradient
+        for layer in [*model.model.layers, model]:  # gathered until the backward pass
             fully_shard(layer, mesh=on, mp_policy=precision, reshard_after_forward=False)
 
 
@@ -212,7 +212,7 @@ def render(text, tokenizer, args):
     if not plain:
         chat = [{"role": "user", "content": prompt}]
         options = {"add_generation_prompt": True, "enable_thinking": args.thinking}
-        # A template that writes today's date writes this one: no prompt may change overnight.
+        # Some templates write today's date. They get this one: no prompt may change overnight.
         dated = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
         options["chat_template"] = dated + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, **options)
@@ -245,7 +245,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- grading --------------------------------------------------------------------------------------
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a verdict, not an event
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # a timeout is a wrong answer, not news
 ANSWERS = ("answer", "solution", "ground_truth")
 INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
@@ -260,7 +260,7 @@ FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
 def last_boxed(text):
     r"""What the last balanced \boxed{} holds, or None."""
-    # The last eight: a text of nothing but boxes must not take a minute.
+    # Only the last eight are tried: a text of nothing but open boxes would take minutes.
     for box in reversed(list(re.finditer(r"\\boxed\s*\{(?!\s*\})", text))[-8:]):
         depth, start = 1, box.end()
         for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
@@ -275,7 +275,7 @@ def parse_answer(answer):
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
     # A letter at the end is a unit after a number and a space, else a variable: 4t is not 4 tons.
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
-    # Within a fraction it does not know \pm.
+    # It cannot read \pm within a fraction, so it gets the answer with either sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
     # As LaTeX alone, since the extractor of expressions would evaluate the text.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
@@ -289,8 +289,8 @@ def read_answers(problems):
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
-        # A sentence, or a text with \boxed 2 in it, would be read as a product of letters; what
-        # stands in a box is meant.
+        # A sentence, or a text with \boxed 2 in it, would be read as a product of letters: it is
+        # no answer, unless it stands in a box.
         meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
@@ -330,7 +330,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys leave their norm in fp32: cast here once, not at every token.
+        # Under autocast the keys' norm returns fp32: cast once here, or the cache at every token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -348,7 +348,7 @@ class KVLayer(DynamicLayer):
 
 
 def pad_left(texts, device):
-    """Their ids and their mask, (n, L); any id serves as padding, the mask tells which it is."""
+    """The texts' ids, padded on the left with 0, and the mask of what is no padding, (n, L)."""
     ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
@@ -358,7 +358,7 @@ def choose(logits, temperature, noise):
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
     token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
-    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN: the gradient will tell
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN; its gradient stops train()
 
 
 @torch.inference_mode()
@@ -374,21 +374,21 @@ def decode(model, prompts, owner, noise, temperature):
     logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
-    rows = torch.arange(len(noise), device=noise.device)  # those still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # those of them that go on
+    rows = torch.arange(len(noise), device=noise.device)  # what is still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of it have not ended
     for t in range(noise.shape[1]):
         token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
         alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: not for a few
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache, so not just a few
             cache.batch_select_indices(alive)
             rows, attention, position = rows[alive], attention[alive], position[alive]
             token, alive = token[alive], alive[alive]
         attention, position = pad(attention, (0, 1), value=1), position + 1
         out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
-    # Up to and with the first EOS, by position: the padding may be the EOS token too.
+    # The first EOS belongs to the completion. By position, as the padding may be the same token.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
@@ -401,7 +401,7 @@ def rollout(model, prompts, group, rng, args):
     hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in sharded]
     for layer in sharded:
         layer.unshard()  # all weights, so that decoding waits for no other process
-        # FSDP2's hooks have nothing to do now, and would still take a quarter of a token's time.
+        # FSDP2's hooks have nothing left to do, and would cost time at every layer and token.
         layer._forward_pre_hooks, layer._forward_hooks = {}, {}
     owner, parts = torch.arange(len(prompts), device=model.device).repeat_interleave(group), []
     with autocast(model):
@@ -411,7 +411,7 @@ def rollout(model, prompts, group, rng, args):
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
     for layer, kept in zip(sharded, hooks, strict=True):
         layer._forward_pre_hooks, layer._forward_hooks = kept
-    torch.cuda.empty_cache()  # of the KV cache: NCCL, which is not torch's, needs memory, too
+    torch.cuda.empty_cache()  # of the KV cache, for NCCL, which allocates without torch
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -422,7 +422,7 @@ def autocast(model):
 
 
 def score(model, problems, completion_ids, mask, prompt="ids"):
-    """The logits that each completion token was drawn from, (n, T, V); all texts end together."""
+    """The logits that each completion token was drawn from, (n, T, V), right-aligned."""
     rows = zip(problems, completion_ids.tolist(), mask.sum(1).tolist(), strict=True)
     texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
     ids, attention = pad_left(texts, model.device)  # (n, P + T)
@@ -435,10 +435,10 @@ def score(model, problems, completion_ids, mask, prompt="ids"):
 
 
 def micro_batches(rows, problems, completion_ids, mask, args):
-    """--micro-batch rows at a time, sorted by length: little is padded, and that in front."""
+    """--micro-batch rows at a time, sorted by length, so that little is padded (on the left)."""
     lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 works on all ranks at once: one that has run out of parts takes row 0, without a token.
+    # FSDP2 needs every rank in every pass: one with no part left scores row 0, without a token.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
@@ -458,7 +458,7 @@ def pass_rates(student, tokenizer, problems, path, rng, args):
     for part in tqdm(parts[: 1 if args.show else None], "pass rates", **INNER_BAR):
         own = np.array_split(part, WORLD)[RANK]
         if len(rates) + len(part) <= len(known):
-            rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # past what it drew
+            rng.bit_generator.advance(len(own) * k * args.max_new_tokens)  # past the noise of these
             rates = known[: len(rates) + len(part)]
             continue
         completion_ids, mask, _ = rollout(student, [p["ids"] for p in own], k, rng, args)
@@ -569,7 +569,7 @@ def open_run(args, problems):
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
-    # Training moves all weights, so that their beginning tells one model from another.
+    # Training moves all weights, so that a file's first megabyte tells one model from another.
     models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
     weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
     texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
@@ -584,7 +584,7 @@ def open_run(args, problems):
             fail(f"--overwrite would delete {inside[0]}, which lies in {out}: give another --out")
         shutil.rmtree(out)
     elif "settings" in old:
-        # A run may be extended, and fitted to the memory.
+        # These may change: a run can be extended, and fitted to the memory.
         free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
         was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
@@ -593,7 +593,7 @@ def open_run(args, problems):
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs in a second
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs of one second
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.with_suffix(".new").replace(path)
     for old in out.glob("*.old"):  # killed between the two renames of save()
@@ -601,7 +601,7 @@ def open_run(args, problems):
             old.rename(old.with_suffix(""))
     fresh = {"step": 0, "best": None, "bytes": {}}
     state = json.loads(state_path.read_text()) if state_path.exists() else fresh
-    if state["step"] < args.steps:  # of a run that is extended: not its end any more
+    if state["step"] < args.steps:  # the run goes on: not its end any more
         shutil.rmtree(out / "final", ignore_errors=True)
     for path in (p for p in out.glob("*.jsonl") if p.stem in ("metrics", "samples", "rollouts")):
         os.truncate(path, state["bytes"].get(path.name, 0))  # back to the checkpoint
@@ -654,7 +654,7 @@ def main(argv=None):
     if WORLD > 1:
         dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
-        time.sleep(1)  # for gloo's threads: one that is still busy when Python ends would abort it
+        time.sleep(1)  # for gloo's threads: one that is still at work would abort Python's exit
 
 
 def train(args, context):
@@ -669,7 +669,7 @@ def train(args, context):
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
-        every = max(10, -(-len(problems) // 256))  # of the whole file, which may be sorted
+        every = max(10, -(-len(problems) // 256))  # spread over the file, which may be sorted
         val_problems = problems[::every]  # (256,) at most
         del problems[::every]
         print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")
@@ -681,7 +681,7 @@ def train(args, context):
         problem["teacher_ids"] = render(hint + problem["problem"], tokenizer, args)[1]
         if len(problem["teacher_ids"]) + args.max_new_tokens > context:
             fail(f"{problem['where']}: its hint makes it too long: lower --max-new-tokens")
-    if args.show:  # one of a few will do
+    if args.show:  # one rollout is shown: no need for many
         args.prompts_per_step = min(args.prompts_per_step, 32)
     fewest = min(args.prompts_per_step, len(problems), len(val_problems))
     if WORLD > fewest:
@@ -707,15 +707,15 @@ def train(args, context):
     teacher = load_teacher(model, tokenizer, args)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 a checkpoint, 4 a model; checkpoint/ and best/ each twice while written,
-    # final/ once. On resume a part is there.
+    # Bytes a parameter: 12 for a checkpoint, 4 for a model. While they are written, checkpoint/ and
+    # best/ stand there twice, final/ once; on resume the first two are there once already.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
     if first_step:
         moments = torch.load(out / "checkpoint/optimizer.pt", weights_only=True, mmap=True)
         state_dict.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
-        for own in optimizer.state.values():  # copies, so that the mapped file can go
+        for own in optimizer.state.values():  # copies, since the mapped file will be replaced
             own.update({key: value.clone() for key, value in own.items()})
         del moments
     elif out:
@@ -730,7 +730,7 @@ def train(args, context):
         due = weighted and step % (args.refresh_every or args.steps) == 0
         if due:
             rng = np.random.default_rng([args.seed, 3, step, RANK])
-            # After a first step --steps counts, too: decay and schedule follow it.
+            # Later rates depend on --steps, too (by decay and schedule): so it is in the name.
             path = out and out / f"rates-{step}-{step and args.steps}.json"
             rates = pass_rates(model, tokenizer, problems, path, rng, args)
             state |= {"weighed": step, "pass_rate": rates}
@@ -741,7 +741,7 @@ def train(args, context):
             fail(f"{edge}; --overwrite this run with other --data or a larger --pass-rollouts")
         if len(kept) == 0:
             bar.write(f"the frontier is used up: after step {step} no problem has a weight left")
-            # The same command goes on here, and so ends again.
+            # The same command resumes here, and ends here again.
             save(out / "checkpoint", model, tokenizer, optimizer, state | {"step": step})
             break
         ess = weights.sum() ** 2 / (weights**2).sum()
