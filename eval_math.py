@@ -457,7 +457,7 @@ def intervals(rows, resamples=4000):
 def report(out, lines, args, config):
     """Writes results.json, prints its table and draws its picture."""
     n = max((line["index"] for line in lines), default=0)
-    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # those with all samples
+    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # whole ones
     ks = sorted(args.k or {n, *(2**i for i in range(n.bit_length()))})
     if not problems or not 1 <= ks[0] <= ks[-1] <= n:
         fail(f"{out}: {len(problems)} problems with all {n} samples; --k must be from 1 to {n}")
