@@ -1,10 +1,10 @@
 """The whole recipe in one command: sparse-to-dense (arXiv 2605.12483), its baseline, its controls.
 
-Labels are few, prompts many. Half of the labels (A; of DAPO the authors' 80 %) train the teacher,
-who can make something of them. What he has learnt goes into the student token by token, without a
-label: the bridge. The others (B) train the student, who by then can use them too. Direct GRPO, the
-baseline, spends all on the student. The test file reaches the evaluation, after each step, and
-nothing else.
+Labels are few, prompts many. Some of the labels (A: half, of DAPO 80 %) train the teacher, who can
+make something of them. What he has learnt goes into the student token by token, without a label:
+the bridge. The others (B) train the student, who by then can use them too. Direct GRPO, the
+baseline, spends all on the student. The test file is for the evaluation after each step: no
+training reads it.
 
     python bridge.py                        the pocket models: some minutes on two cores
     python bridge.py --arms all             with every control
@@ -33,8 +33,8 @@ import grpo  # its presets, and how it reads problems
 # --- the recipe -----------------------------------------------------------------------------------
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
 KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # what a step hands on
-SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (steps ours, rates the paper's)
-    "--teacher-rl-steps": (10, 100),  # tiny: short of its ceiling, which leaves step 3 something
+SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (the paper's: rates of RL and OPD)
+    "--teacher-rl-steps": (10, 100),  # tiny: stops early, which leaves step 3 something to do
     "--teacher-rl-lr": (3e-4, 1e-6),
     "--fkl-steps": (50, 100),
     "--fkl-lr": (1e-2, 1e-6),
@@ -54,7 +54,7 @@ def recipe_steps(s):
     problems = s.grpo.prompts_per_step // updates
     dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
     flat = {"--lr-decay": 0}  # the rate falls at the end of the bridge, in step 2b
-    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # to step 3
+    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # as step 3
     again = alike | {"--rollouts": "rollouts of 2a-fkl"}
 
     def rl(model, labels, n, lr):
@@ -85,7 +85,7 @@ ARMS = {  # a step that several arms have in common runs once
     "recipe": [*BRIDGE, "3-student-rl"],
     "bridge": BRIDGE,
     "direct": ["direct"],
-    "raw-teacher": ["raw-fkl", "raw-opd"],  # before RL
+    "raw-teacher": ["raw-fkl", "raw-opd"],  # without RL
     "no-warmup": ["1-teacher-rl", "only-opd"],
     "no-opd": ["1-teacher-rl", "only-fkl"],
     "replay": [*BRIDGE, "replay"],  # stored rollouts of the teacher instead of step 3
@@ -201,7 +201,7 @@ def write_whole(path, text):
 
 
 def place(args, name, script, flags):
-    """The directory of this very run, else a new one; bridge.json keeps what each was run with."""
+    """The directory of the run with these inputs, else a new one; bridge.json records them."""
     here, record = Path(__file__).parent, args.out / "bridge.json"
     files = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
     for path in map(Path, map(str, flags.values())):
@@ -212,7 +212,7 @@ def place(args, name, script, flags):
     for path in files:
         # Training moves all weights, so that their beginning will do.
         key, content = str(path), path.open("rb").read(2**26)
-        if path.suffix == ".py":  # as in the scripts, comments don't count
+        if path.suffix == ".py":  # its syntax tree: comments don't count
             key, content = path.name, ast.dump(ast.parse(content, path.name)).encode()
         used[key] = hashlib.sha256(content).hexdigest()[:8]
     known = json.loads(record.read_text()) if record.exists() else {}
@@ -253,7 +253,7 @@ def run_all(args, splits):
         launcher += ["--nproc-per-node", str(args.nproc), "--"]
     paths = {"TEACHER": args.teacher, "STUDENT": args.student, "1-teacher-rl": args.teacher}
     paths |= {name: f"{args.out}/data/{name.lower()}.jsonl" for name in splits}
-    runs, rates = [], {}  # seconds of a training step or of an evaluation, by script
+    runs, rates = [], {}  # rates: seconds a step, or an evaluation, of each script
     for name, script, named in plan:
         flags = {flag: paths.get(value, value) for flag, value in named.items()}
         flags |= {"--preset": args.preset, "--seed": args.seed}

@@ -58,7 +58,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--data", "tiny/test.jsonl", "math500", None, f"a JSONL file, or {', '.join(BENCHMARKS)}"),
     ("--seed", 0, 0, 0, "every random draw follows from it, the problem and the sample's index"),
     ("--n", 8, 16, 1, "samples of a problem, beside the greedy one"),
-    ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),  # paper: ours
+    ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),  # paper: our choice
     ("--temperature", 1.0, 0.7, 1e-3, "of sampling"),
     ("--top-k", 0, 20, 0, "sample from the likeliest k tokens only; 0: from all"),
     ("--top-p", 1.0, 0.8, 1e-3, "and of these from the likeliest that together reach p"),
@@ -213,9 +213,9 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the end,
-# degrees, a unit in words as a product of its letters; 2 1/2 as (2 + 1)/2, 1/2 x as 1/(2x),
-# \frac\pi4 not at all.
+# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the
+# end, degrees, a unit in words as a product of its letters. FRACTION: 2 1/2 as (2 + 1)/2, 1/2 x as
+# 1/(2x), \frac\pi4 not at all.
 NOISE = r"(?<=\d)(,?\\[,;:! ] ?|[~ ])(?=\d{3}(?!\d))|(?<!\\right)[.,]$|°|(?<=\d) +[a-z]{3,}\.?$"
 FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
@@ -235,11 +235,11 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
-    # A letter at the end is a unit after a number and a space, else a variable: 4t is not 4 tons.
+    # It drops a letter at the end as a unit; \, keeps it, unless after a number and a space (4 t).
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
     # It cannot read \pm within a fraction, so it gets the answer with either sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
-    # As LaTeX alone, since the extractor of expressions would evaluate the text.
+    # As LaTeX alone: the extractor of expressions would evaluate the text as code.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
     return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
@@ -282,7 +282,7 @@ def judge(gold, completion):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# How transformers calls a model's cache: it was renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -290,7 +290,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: cast once here, or the cache at every token.
+        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -327,7 +327,7 @@ def choose(logits, sampling, noise):
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -352,7 +352,7 @@ def decode(model, prompts, owner, noise, temperature):
         attention, position = pad(attention, (0, 1), value=1), position + 1
         out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
-    # The first EOS belongs to the completion. By position, as the padding may be the same token.
+    # The first EOS belongs to the completion; what follows it does not, whatever token it is.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
@@ -388,7 +388,7 @@ def open_run(args, model, problems):
             fail(f"{out}: {', '.join(differs)}: a new --out keeps both; --regrade takes no samples")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs of one second
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # never two runs in one
     write_whole(path, config)
     path = out / "samples.jsonl"
     path.touch()

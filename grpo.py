@@ -2,18 +2,19 @@
 
 Each problem is answered G times. A completion earns 1 if its boxed answer is right, else 0: one
 number for the whole text. Every token of a completion that did better than its group becomes more
-likely, every token of one that did worse less likely. This one script trains the teacher, the cold
-student (the baseline) and the student after the bridge.
+likely, every token of one that did worse less likely. This one script trains the teacher, the
+untaught student (the baseline) and the student after the bridge (the dense scripts).
 
   Eq. 1  A_i = (r_i - mean r) / (std r + 1e-6), std the sample one (n - 1), over the group of i
   Eq. 2  rho_it = pi(y_t|s_t) / pi_old(y_t|s_t)
   Eq. 3  J_it = min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.28) A_i), and at least 10 A_i if A_i < 0
   Eq. 4  loss = - sum_it J_it / (number of completion tokens in the whole update)
 
-No KL to a reference and no entropy bonus. With one update per step pi_old is pi itself: rho is 1,
-though its gradient is not 0, and pi_old needs no scoring. What is sampled is what is scored: the
-full softmax at --temperature. All randomness follows from (--seed, step, process), so resuming
-changes no bit on a CPU with as many processes and threads.
+y_t is token t of completion i, s_t all before it. No KL to a reference model, no entropy bonus.
+With one update per step pi_old is pi itself: rho is 1, though its gradient is not 0, and pi_old
+needs no scoring. What is sampled is what is scored: the full softmax at --temperature. All
+randomness follows from (--seed, step, process), so that on a CPU resuming with the same processes
+and threads changes no bit.
 
     python grpo.py                          the pocket teacher: half a minute on two cores
     python grpo.py --model Qwen/Qwen3-1.7B --data train.jsonl --val-data val.jsonl --out runs/x
@@ -64,7 +65,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
-    ("--steps", 30, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--steps", 30, 100, 1, "batches of rollouts"),  # paper: our choice
     ("--lr", 3e-4, 1e-6, 0, "learning rate, constant after the warmup"),
     ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
     ("--weight-decay", 0.0, 0.1, 0, "of AdamW"),
@@ -72,8 +73,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
     ("--checkpointing", 0, 1, 0, "1: compute activations anew for the gradient, to save memory"),
-    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: our choice
+    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: our choice
 ]
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.2, 0.28, 10.0
 MEASURE = "avg@G"  # of validation; best/ has the highest
@@ -131,7 +132,7 @@ def parse_arguments(argv):
 # --- processes ------------------------------------------------------------------------------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
-INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, after 2 s
+INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # shown after 2 s
 
 
 def start_processes(device):
@@ -238,9 +239,9 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the end,
-# degrees, a unit in words as a product of its letters; 2 1/2 as (2 + 1)/2, 1/2 x as 1/(2x),
-# \frac\pi4 not at all.
+# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the
+# end, degrees, a unit in words as a product of its letters. FRACTION: 2 1/2 as (2 + 1)/2, 1/2 x as
+# 1/(2x), \frac\pi4 not at all.
 NOISE = r"(?<=\d)(,?\\[,;:! ] ?|[~ ])(?=\d{3}(?!\d))|(?<!\\right)[.,]$|°|(?<=\d) +[a-z]{3,}\.?$"
 FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
@@ -260,11 +261,11 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
-    # A letter at the end is a unit after a number and a space, else a variable: 4t is not 4 tons.
+    # It drops a letter at the end as a unit; \, keeps it, unless after a number and a space (4 t).
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
     # It cannot read \pm within a fraction, so it gets the answer with either sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
-    # As LaTeX alone, since the extractor of expressions would evaluate the text.
+    # As LaTeX alone: the extractor of expressions would evaluate the text as code.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
     return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
@@ -301,7 +302,7 @@ def grade(tokenizer, completion_ids, mask, golds):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.process_time()
         # Hostile answers take a second each. After ten of them and 1 % of all, no more LaTeX is
-        # read, lest a step stall. Seconds of this process: a busy machine must cost no reward.
+        # read, lest a step stall. In CPU seconds, so that a busy machine costs no reward.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.process_time() - began > 0.5
@@ -309,7 +310,7 @@ def grade(tokenizer, completion_ids, mask, golds):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# How transformers calls a model's cache: it was renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -317,7 +318,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: cast once here, or the cache at every token.
+        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -345,12 +346,12 @@ def choose(logits, temperature, noise):
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
     token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
-    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN; its gradient stops train()
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN, which stops train()
 
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -375,7 +376,7 @@ def decode(model, prompts, owner, noise, temperature):
         attention, position = pad(attention, (0, 1), value=1), position + 1
         out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
-    # The first EOS belongs to the completion. By position, as the padding may be the same token.
+    # The first EOS belongs to the completion; what follows it does not, whatever token it is.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
@@ -398,7 +399,7 @@ def rollout(model, prompts, group, rng, args):
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
     for layer, kept in zip(sharded, hooks, strict=True):
         layer._forward_pre_hooks, layer._forward_hooks = kept
-    torch.cuda.empty_cache()  # of the KV cache, for NCCL, which allocates without torch
+    torch.cuda.empty_cache()  # the KV cache's memory, for NCCL, which has its own
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -409,13 +410,13 @@ def autocast(model):
 
 
 def score(model, problems, completion_ids, mask, prompt="ids"):
-    """The logits that each completion token was drawn from, (n, T, V), right-aligned."""
+    """The logits (n, T, V) that the tokens of the right-aligned completions were drawn from."""
     rows = zip(problems, completion_ids.tolist(), mask.sum(1).tolist(), strict=True)
     texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
-    ids, attention = pad_left(texts, model.device)  # (n, P + T)
+    ids, attention = pad_left(texts, model.device)  # (n, L)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
-    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]
+    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]  # (T,)
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
@@ -431,7 +432,7 @@ def micro_batches(rows, problems, completion_ids, mask, args):
         part = parts[number] if real else rows.new_zeros(1)
         own = [problems[i] for i in part.tolist()]
         ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
-        yield part, own, ids, keep.bool()  # (n, T)
+        yield part, own, ids, keep.bool()  # ids and keep (n, T)
 
 
 # --- loss -----------------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def policy_loss(logp, logp_old, advantage, mask, n_tokens):
 
 # --- validation -----------------------------------------------------------------------------------
 def validate(model, tokenizer, problems, args):
-    """avg@G, with the same noise each time (on as many processes): only the model changes."""
+    """avg@G, with the same noise each time (if WORLD stays): only the model changes."""
     rng, group = np.random.default_rng([args.seed, 1, RANK]), args.samples_per_prompt
     problems = problems[RANK::WORLD]
     completion_ids, mask, _ = rollout(model, [p["ids"] for p in problems], group, rng, args)
@@ -498,7 +499,7 @@ def open_run(args, problems):
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs of one second
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # never two runs in one
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.with_suffix(".new").replace(path)
     for old in out.glob("*.old"):  # killed between the two renames of save()
@@ -506,7 +507,7 @@ def open_run(args, problems):
             old.rename(old.with_suffix(""))
     fresh = {"step": 0, "best": None, "bytes": {}}
     state = json.loads(state_path.read_text()) if state_path.exists() else fresh
-    if state["step"] < args.steps:  # the run goes on: not its end any more
+    if state["step"] < args.steps:  # the run goes on: final/ is out of date
         shutil.rmtree(out / "final", ignore_errors=True)
     for path in (p for p in out.glob("*.jsonl") if p.stem in ("metrics", "samples", "rollouts")):
         os.truncate(path, state["bytes"].get(path.name, 0))  # back to the checkpoint
@@ -573,7 +574,7 @@ def train(args, context):
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
         every = max(10, -(-len(problems) // 256))  # spread over the file, which may be sorted
-        val_problems = problems[::every]  # (256,) at most
+        val_problems = problems[::every]  # 256 at most
         del problems[::every]
         print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")
     read_answers(problems + val_problems)

@@ -11,8 +11,8 @@ teacher's ways of working. No label is read: --data needs no answers.
 
 The sampling is not differentiated: the gradient is that of Eq. 2 at fixed prefixes. Its negative is
 the policy gradient whose reward for a token is that token's log pi_T - log pi_S alone, without what
-follows it, and Eq. 3 is its cheap, noisy estimate. (Eq. 1 as the advantage does not depend on y_t:
-its expected gradient would be zero.)
+follows it, and Eq. 3 is its cheap, noisy estimate. (Not Eq. 1: it is the same for every y_t, and
+as an advantage its expected gradient is zero.)
 vs fkl_warmup.py: who samples, and the direction of the KL.
 
     python opd.py                           the pocket student: about a minute on two cores
@@ -60,7 +60,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
     ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
-    ("--steps", 300, 100, 1, "batches of rollouts"),  # paper: ours
+    ("--steps", 300, 100, 1, "batches of rollouts"),  # paper: our choice
     ("--lr", 2e-3, 1e-6, 0, "learning rate"),
     ("--lr-decay", 0.4, 0.0, 0, "last share of the steps, over which lr falls towards a tenth"),
     ("--warmup-steps", 5, 0, 0, "steps of linear warmup"),
@@ -69,8 +69,8 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
     ("--checkpointing", 0, 1, 0, "1: compute activations anew for the gradient, to save memory"),
-    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: ours
-    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: ours
+    ("--val-every", 10, 10, 1, "steps between validations"),  # paper: our choice
+    ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: our choice
 ]
 MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
@@ -126,7 +126,7 @@ def parse_arguments(argv):
 # --- processes ------------------------------------------------------------------------------------
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered to rank 0
-INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # within a step, after 2 s
+INNER_BAR = {"leave": False, "delay": 2, "disable": RANK > 0}  # shown after 2 s
 
 
 def start_processes(device):
@@ -227,7 +227,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# How transformers calls a model's cache: it was renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -235,7 +235,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: cast once here, or the cache at every token.
+        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -263,12 +263,12 @@ def choose(logits, temperature, noise):
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
     token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
-    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN; its gradient stops train()
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN, which stops train()
 
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Continue prompts[owner[i]] with noise[i]; completion_ids, mask (n, T) and clipped (n,)."""
+    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -293,7 +293,7 @@ def decode(model, prompts, owner, noise, temperature):
         attention, position = pad(attention, (0, 1), value=1), position + 1
         out = model(token[:, None], attention_mask=attention, position_ids=position, **options)
         logits = out.logits[:, -1]
-    # The first EOS belongs to the completion. By position, as the padding may be the same token.
+    # The first EOS belongs to the completion; what follows it does not, whatever token it is.
     is_eos = torch.isin(completion_ids, eos_ids).long()
     mask = is_eos.cumsum(1) - is_eos == 0
     return completion_ids * mask, mask, ~is_eos.bool().any(1)
@@ -316,7 +316,7 @@ def rollout(model, prompts, group, rng, args):
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
     for layer, kept in zip(sharded, hooks, strict=True):
         layer._forward_pre_hooks, layer._forward_hooks = kept
-    torch.cuda.empty_cache()  # of the KV cache, for NCCL, which allocates without torch
+    torch.cuda.empty_cache()  # the KV cache's memory, for NCCL, which has its own
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -327,13 +327,13 @@ def autocast(model):
 
 
 def score(model, problems, completion_ids, mask, prompt="ids"):
-    """The logits that each completion token was drawn from, (n, T, V), right-aligned."""
+    """The logits (n, T, V) that the tokens of the right-aligned completions were drawn from."""
     rows = zip(problems, completion_ids.tolist(), mask.sum(1).tolist(), strict=True)
     texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
-    ids, attention = pad_left(texts, model.device)  # (n, P + T)
+    ids, attention = pad_left(texts, model.device)  # (n, L)
     position = (attention.cumsum(1) - 1).clamp(min=0)
     # The one shift: the logits at a position are about the token after it.
-    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]
+    before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]  # (T,)
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
         return model(ids, attention_mask=attention, position_ids=position, **options).logits
@@ -349,12 +349,12 @@ def micro_batches(rows, problems, completion_ids, mask, args):
         part = parts[number] if real else rows.new_zeros(1)
         own = [problems[i] for i in part.tolist()]
         ids, keep = pad_left([completion_ids[i][mask[i] & real] for i in part], mask.device)
-        yield part, own, ids, keep.bool()  # (n, T)
+        yield part, own, ids, keep.bool()  # ids and keep (n, T)
 
 
 # --- loss -----------------------------------------------------------------------------------------
 def both_logits(student, teacher, problems, ids, mask):
-    """The student's and the teacher's logits (n, T, V), each after its own prompt."""
+    """The student's and the teacher's logits of the same tokens, (n, T, V)."""
     with torch.no_grad():
         theirs = score(teacher, problems, ids, mask)
     return score(student, problems, ids, mask), theirs
@@ -366,7 +366,7 @@ def distil_loss(student_logits, teacher_logits, ids, mask, n_tokens, args):
     if args.estimator == "sampled":
         logp = token_logprob(student_logits, ids, args.temperature, inplace_backward=True)[0]
         reward = token_logprob(teacher_logits, ids, args.temperature)[0] - logp.detach()  # Eq. 3
-        counts = mask & reward.isfinite()  # as in the exact KL: infinite, and without a gradient
+        counts = mask & reward.isfinite()  # an infinite one is logged, without a gradient
         product = torch.where(counts, reward, 0.0) * torch.where(counts, logp, 0.0)
         return -product.sum() / n_tokens, -torch.where(mask, reward, 0.0)
     # In place: the gradient overwrites the student's logits, so that nothing else may use them.
@@ -452,7 +452,7 @@ def open_run(args, problems):
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
         fail(f"{out} holds something that is no run: give another --out")
-    out.mkdir(parents=True, exist_ok=args.out is not None)  # not two runs of one second
+    out.mkdir(parents=True, exist_ok=args.out is not None)  # never two runs in one
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.with_suffix(".new").replace(path)
     for old in out.glob("*.old"):  # killed between the two renames of save()
@@ -460,7 +460,7 @@ def open_run(args, problems):
             old.rename(old.with_suffix(""))
     fresh = {"step": 0, "best": None, "bytes": {}}
     state = json.loads(state_path.read_text()) if state_path.exists() else fresh
-    if state["step"] < args.steps:  # the run goes on: not its end any more
+    if state["step"] < args.steps:  # the run goes on: final/ is out of date
         shutil.rmtree(out / "final", ignore_errors=True)
     for path in (p for p in out.glob("*.jsonl") if p.stem in ("metrics", "samples", "rollouts")):
         os.truncate(path, state["bytes"].get(path.name, 0))  # back to the checkpoint
@@ -522,14 +522,14 @@ def train(args, context):
     tokenizer = AutoTokenizer.from_pretrained(args.student)
     if tokenizer.chat_template is None:
         print(f"{tokenizer.name_or_path} has no chat template: the problem goes in as it is")
-    # vs grpo.py: the teacher reads the same texts.
+    # vs grpo.py: the texts must fit the teacher, too.
     context = min(context, AutoConfig.from_pretrained(args.teacher).max_position_embeddings)
     problems = load_problems(args.data, tokenizer, args, context)
     if args.val_data is not None:
         val_problems = load_problems(args.val_data, tokenizer, args, context)
     else:
         every = max(10, -(-len(problems) // 256))  # spread over the file, which may be sorted
-        val_problems = problems[::every]  # (256,) at most
+        val_problems = problems[::every]  # 256 at most
         del problems[::every]
         print(f"no --val-data: 1 in {every} problems set aside for it, {len(val_problems)} in all")
     if args.show:  # one rollout is shown: no need for many
