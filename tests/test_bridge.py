@@ -121,6 +121,7 @@ def parsed(commands, monkeypatch, config):
     found = {}
     for script, arguments in commands:
         monkeypatch.setattr(SCRIPTS[script], "AutoConfig", always(config))
+        monkeypatch.setattr(SCRIPTS[script], "model_path", str)
         args = SCRIPTS[script].parse_arguments(arguments)[0]
         args.script = script
         args.updates = getattr(args, "steps", 0) * getattr(args, "updates_per_step", 1)

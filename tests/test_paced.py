@@ -129,7 +129,7 @@ def test_the_weight_of_an_estimated_rate_is_too_low_by_1_over_k(rollouts, p, mon
     monkeypatch.setattr(
         paced, "grade", lambda t, ids, mask, golds: (None, list(rng.random(len(golds)) < p))
     )
-    args = types.SimpleNamespace(prompts_per_step=n // 3, pass_rollouts=rollouts)
+    args = types.SimpleNamespace(prompts_per_step=n // 3, pass_rollouts=rollouts, show=False)
     estimates = paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * n, None, rng, args)
     weight = beta_kernel()(estimates)
     expected = p * (1 - p) * (1 - 1 / rollouts)
@@ -236,7 +236,7 @@ def test_uniform_weights_are_the_sibling_to_the_bit(
 def test_a_pass_rate_is_the_share_of_right_rollouts(at_once):
     student, _, tokenizer = pair()
     settings = dict(temperature=1.0, rollout_batch=9, max_new_tokens=40)
-    args = types.SimpleNamespace(pass_rollouts=6, prompts_per_step=at_once, **settings)
+    args = types.SimpleNamespace(pass_rollouts=6, prompts_per_step=at_once, show=False, **settings)
     problems = [{"ids": tokenizer(f"<|user|>{p}<|assistant|>")["input_ids"]} for p in PROBLEMS]
     rows = [p | {"answer": a} for p, a in zip(problems, PROBLEMS.values(), strict=True)]
     rates = paced.pass_rates(student, tokenizer, rows, None, np.random.default_rng(1), args)
@@ -499,7 +499,7 @@ def test_rates_go_on_with_another_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(paced, "gather", gather)
     monkeypatch.setattr(paced, "rollout", lambda *a: sizes.append(len(a[1])) or (None,) * 3)
     monkeypatch.setattr(paced, "grade", lambda t, i, m, golds: (None, [1.0] * len(golds)))
-    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2, max_new_tokens=8)
+    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2, max_new_tokens=8, show=False)
     problems = [{"ids": [0], "answer": "1"}] * 9
     rates = paced.pass_rates(None, None, problems, path, np.random.default_rng(0), args)
     assert rates == [0.5] * 4 + [1.0] * 5 == json.loads(path.read_text()) and sizes == [3]
@@ -512,7 +512,7 @@ def test_rates_are_estimated_a_step_of_problems_at_a_time(world, sizes, monkeypa
     monkeypatch.setattr(paced, "WORLD", world)
     monkeypatch.setattr(paced, "gather", lambda item: [item] * world)
     monkeypatch.setattr(np, "array_split", lambda *a: found.extend(map(len, split(*a))) or [])
-    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2)
+    args = types.SimpleNamespace(prompts_per_step=4, pass_rollouts=2, show=False)
     paced.pass_rates(None, None, [{"ids": [0], "answer": "1"}] * 9, None, None, args)
     assert found == sizes
 
