@@ -16,6 +16,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 import bridge
@@ -401,8 +402,54 @@ def test_all_arms_run_and_each_step_once(whole):
     assert tokens["replay"] == tokens["bridge"] < tokens["more-opd"]
 
 
+def test_the_time_to_go(tmp_path, monkeypatch, capsys):
+    """With a minute for each step of training and two for each evaluation."""
+    monkeypatch.chdir(ROOT)
+    clock, flags = [0.0], own_data(tmp_path)
+    counts = {"--teacher-rl-steps": 2, "--fkl-steps": 3, "--opd-steps": 5, "--student-rl-steps": 7}
+    flags += [str(part) for pair in counts.items() for part in pair]
+
+    def launch(command):
+        training = "--steps" in command
+        clock[0] += 60 * int(command[command.index("--steps") + 1]) if training else 120
+        (Path(command[command.index("--out") + 1]) / "final").mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(bridge, "launch", launch)
+    monkeypatch.setattr(bridge, "report", lambda *_: None)
+    monkeypatch.setattr(bridge.time, "time", lambda: clock[0])
+    bridge.main([*flags, "--arms", "recipe", "--out", str(tmp_path / "run")])
+    said = re.findall(r"about ([\d.]+) minutes to go", capsys.readouterr().out)
+    assert said == ["23.0", "18.0", "11.0", "2.0"]  # behind each step its evaluation and the rest
+
+
+def test_the_curves_are_those_of_the_metrics(whole, again, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        bridge, "Figure", lambda **more: figures.append(Figure(**more)) or figures[0]
+    )
+    bridge.main(again[0])
+    accuracy, reward, kl = figures[0].axes
+    results, drawn = json.loads((whole[0] / "results.json").read_text()), []
+    for axis, key in (reward, "reward"), (kl, "kl"):
+        for line in axis.lines:
+            rows = lines_of(whole[0] / line.get_label() / "metrics.jsonl")
+            assert list(line.get_xdata()) == [row["step"] for row in rows]  # an update each
+            assert list(line.get_ydata()) == [row[key] for row in rows]
+            drawn.append(line.get_label())
+    assert len(drawn) == len(set(drawn)) == 12
+    ends = {line.get_label(): line.get_ydata()[-1] for line in accuracy.lines}
+    for arm, row in results["arms"].items():
+        (numbers,) = row["test"].values()
+        assert ends[arm] == numbers["avg@2"]["mean"]
+
+
 def test_what_each_arm_has_used(whole):
     results = json.loads((whole[0] / "results.json").read_text())
+    for row in results["arms"].values():
+        steps = [whole[0] / step / "metrics.jsonl" for step in row["steps"]]
+        seconds = sum(line["seconds"] for path in steps for line in lines_of(path))
+        assert row["cost"]["minutes"] == pytest.approx(seconds / 60)
     names = ("labels", "validation", "updates", "dense updates")
     used = {arm: [row["cost"][n] for n in names] for arm, row in results["arms"].items()}
     assert used == {  # two problems a step here, so that two steps see four labels

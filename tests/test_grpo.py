@@ -577,6 +577,9 @@ def test_choose_follows_the_softmax_at_the_temperature():
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     padded = torch.tensor([[-float("inf"), 1.0, 1.0, -float("inf")]]).expand(2, 4)
     assert grpo.choose(padded, 1.0, extremes).tolist() == [1, 2]  # never a row of probability 0
+    last = torch.arange(151_836, 151_936)  # a running sum in fp32 has lost count by then
+    noise = (last.double() + 0.5) / 151_936
+    assert torch.equal(grpo.choose(torch.zeros(100, 151_936), 1.0, noise), last)
 
 
 def test_under_autocast_the_cache_is_in_the_lower_precision(teacher, tokenizer, monkeypatch):
