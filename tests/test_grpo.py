@@ -577,9 +577,11 @@ def test_choose_follows_the_softmax_at_the_temperature():
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     padded = torch.tensor([[-float("inf"), 1.0, 1.0, -float("inf")]]).expand(2, 4)
     assert grpo.choose(padded, 1.0, extremes).tolist() == [1, 2]  # never a row of probability 0
-    last = torch.arange(151_836, 151_936)  # a running sum in fp32 has lost count by then
-    noise = (last.double() + 0.5) / 151_936
-    assert torch.equal(grpo.choose(torch.zeros(100, 151_936), 1.0, noise), last)
+    # A tail of rare tokens, each far below what fp32 can add to a running sum of almost 1.
+    logits = torch.full((100, 151_936), -20.0).index_fill(1, torch.tensor([0]), 0.0)
+    rare = torch.arange(151_836, 151_936)
+    noise = (1 + (rare.double() - 0.5) * math.exp(-20)) / (1 + 151_935 * math.exp(-20))
+    assert torch.equal(grpo.choose(logits, 1.0, noise), rare)
 
 
 def test_under_autocast_the_cache_is_in_the_lower_precision(teacher, tokenizer, monkeypatch):
