@@ -362,9 +362,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_rollouts(name, runs, tmp_p
         # By a small process: a child's peak begins with that of who started it.
         command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, f"{name}.py"]
         command += [*arguments_of(name, tmp_path / prompts, 1), *more]
-        command += (
-            ["--weights", "uniform"] if name == "paced" else []
-        )  # the pool is not to be rated
+        command += ["--weights", "uniform"] if name == "paced" else []  # no rates for the pool
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(float(re.search(r"peak memory: ([\d.]+) GB", done.stdout)[1]))
     assert peaks[1] <= peaks[0] + 0.03
