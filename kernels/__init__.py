@@ -56,12 +56,9 @@ def token_logprob(logits, ids, temperature=1.0, inplace_backward=False):
     shapes = {"logits": logits, "ids": ids}
     require(ids.shape == logits.shape[:-1], "ids are not one per token of logits", shapes)
     require(logits.is_floating_point(), f"logits are {logits.dtype}, not floats", shapes)
+    # On a GPU this waits for all that was launched before: the price of an error one can read.
     known = ((ids >= 0) & (ids < logits.shape[-1])).all()
-    if ids.is_cuda:
-        # To raise here, every call would wait for the GPU. It fails there, as indexing does.
-        torch._assert_async(known, "ids are not all in [0, V)")
-    else:
-        require(known, "ids are not all in [0, V)", shapes)
+    require(known, "ids are not all in [0, V)", shapes)
     module = triton_logprob if logits.is_cuda or INTERPRETED else reference
     rows = as_rows(logits), ids.reshape(-1).contiguous().long()
     settings = inplace_backward, temperature

@@ -510,8 +510,9 @@ def test_bad_input_to_the_kl():
     refused(r"mask .*" + both + r", mask \[2, 5\]", softmax_kl, z, z, "forward", mask=z[:, 0])
 
 
-def test_bad_input_to_logprob():
-    z, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+def test_bad_input_to_logprob(device):
+    """On a GPU, too, where indexing alone would end the process's use of it."""
+    z, ids = torch.zeros(2, 3, 5, device=device), torch.zeros(2, 3, dtype=torch.long, device=device)
     both = r".*logits \[2, 3, 5\], ids \[2, 3\]"
     refused("ids are not all in" + both, token_logprob, z, ids + 5)
     refused("ids are not all in" + both, token_logprob, z, ids - 100)
