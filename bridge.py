@@ -1,12 +1,12 @@
 """The whole recipe in one command: sparse-to-dense (arXiv 2605.12483), its baseline, its controls.
 
-Labels are few, prompts many. Some of the labels (A: half, of DAPO 80 %) train the teacher, who can
-make something of them. What he has learnt goes into the student token by token, without a label:
-the bridge. The others (B) train the student, who by then can use them too. Direct GRPO, the
-baseline, spends all on the student. The test file is for the evaluation after each step: no
+Labels are few, prompts many. Some of the labels (A: half, of DAPO 80 %) train the teacher, which
+can make something of them. What it has learnt goes into the student token by token, without a
+label: the bridge. The others (B) train the student, which by then can use them too. Direct GRPO,
+the baseline, spends all on the student. The test file is for the evaluation after each step: no
 training reads it.
 
-    python bridge.py                        the pocket models: some minutes on two cores
+    python bridge.py                        the pocket models: a few minutes on two cores
     python bridge.py --arms all             with every control
     python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --nproc 8
 """

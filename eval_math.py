@@ -1,8 +1,8 @@
 """Evaluation: how often a model is right, and how sure one can be of that number.
 
 Each problem is answered n times by sampling and once greedily. Every number is a mean over problems
-and has a 95 % interval, by bootstrap over problems: of a few dozen it is too narrow, and where all
-agree, it has no width. Evaluation may filter (top-p, top-k), training never does. What is drawn
+and has a 95 % interval, by bootstrap over problems: for a few dozen it is too narrow, and where all
+agree it has no width. Evaluation may filter (top-p, top-k), training never does. What is drawn
 follows from (--seed, problem, index), so a run that was killed ends with the same samples;
 samples.jsonl holds them, and --regrade judges that file anew, without a model.
 

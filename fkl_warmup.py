@@ -2,8 +2,8 @@
 
 The teacher answers, and at every token of its answer the student's whole next-token distribution is
 pulled towards the teacher's. A student whose own answers are still poor places to learn from gets
-good prefixes that way, and the forward KL makes it cover all that the teacher does. What it will
-meet on its own prefixes is left to opd.py. No label is read: --data needs no answers.
+good prefixes this way, and the forward KL makes it cover all that the teacher does. Its own
+prefixes are left to opd.py. No label is read: --data needs no answers.
 
   Eq. 1  KL_it = sum_v pi_T(v|s_t) (log pi_T(v|s_t) - log pi_S(v|s_t)), y_i the teacher's own
   Eq. 2  loss = sum_it KL_it / (number of completion tokens in the whole update)

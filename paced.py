@@ -3,7 +3,7 @@
 The paper's premise: a problem that the student always solves has nothing left to teach, one that it
 never solves pulls in directions that do not add up. So each problem counts by the student's own
 pass rate p on it: nothing at p = 0 and at p = 1, most in between. The rates come from K rollouts of
-the student (which no count of tokens has), graded against labels, once before training unless
+the student (in no count of tokens), graded against labels, once before training unless
 --refresh-every says otherwise. The loss reads no label, but for the hint of --self.
 
   Eq. 1  w_x = p_x^alpha (1 - p_x)^beta, with its peak at p = alpha / (alpha + beta)
