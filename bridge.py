@@ -1,9 +1,9 @@
 """The whole recipe in one command: sparse-to-dense (arXiv 2605.12483), its baseline, its controls.
 
-Labels are few, prompts many. Some of the labels (A: half, of DAPO 80 %) train the teacher, which
-can make something of them. What it has learnt goes into the student token by token, without a
-label: the bridge. The others (B) train the student, which by then can use them too. Direct GRPO,
-the baseline, spends all on the student. The test file is for the evaluation after each step: no
+Labels are few, prompts many. Some of the labels (A: half, or 80 % of DAPO) train the teacher, which
+can make use of them. What it has learnt goes into the student token by token, without a label: the
+bridge. The other labels (B) train the student, which by then can use them too. Direct GRPO, the
+baseline, spends all labels on the student. The test file is for the evaluation after each step: no
 training reads it.
 
     python bridge.py                        the pocket models: a few minutes on two cores
@@ -33,7 +33,7 @@ import grpo  # its presets, and how it reads problems
 # --- the recipe -----------------------------------------------------------------------------------
 RL, FKL, OPD, EVAL = "grpo.py", "fkl_warmup.py", "opd.py", "eval_math.py"
 KEPT = {RL: "best", FKL: "final", OPD: "final", EVAL: "results.json"}  # what a step hands on
-SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (the paper's: rates of RL and OPD)
+SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (RL and OPD rates: the paper's)
     "--teacher-rl-steps": (10, 100),  # tiny: stops early, which leaves step 3 something to do
     "--teacher-rl-lr": (3e-4, 1e-6),
     "--fkl-steps": (50, 100),
@@ -49,12 +49,12 @@ SETTINGS = {  # flag: tiny models (tiny/TUNING.md); larger ones (the paper's: ra
 
 
 def recipe_steps(s):
-    """{step: (script, flags)} in the order of the runs; what is there before is in capitals."""
+    """{step: (script, flags)} in the order of the runs; what no step makes is in capitals."""
     updates, samples = s.grpo.updates_per_step, s.grpo.samples_per_prompt
     problems = s.grpo.prompts_per_step // updates
     dense_steps, rl_updates = s.fkl_steps + s.opd_steps, s.student_rl_steps * updates
-    flat = {"--lr-decay": 0}  # the rate falls at the end of the bridge, in step 2b
-    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # as step 3
+    flat = {"--lr-decay": 0}  # the rate falls only at the end of the bridge, in 2b
+    alike = {"--prompts-per-step": problems, "--samples-per-prompt": samples}  # as in step 3
     again = alike | {"--rollouts": "rollouts of 2a-fkl"}
 
     def rl(model, labels, n, lr):
@@ -96,13 +96,13 @@ ARMS = {  # a step that several arms have in common runs once
 
 # --- arguments ------------------------------------------------------------------------------------
 def fail(message):
-    """A person reads this: one line on stderr, exit status 2."""
+    """For a human reader: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_arguments(argv):
-    """The settings: by hand, else the column of SETTINGS that the student's size asks for."""
+    """The settings, from the flags or else the column of SETTINGS for the student's size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     model = {"type": grpo.model_path, "help": "directory or hub name"}
@@ -153,12 +153,12 @@ def parse_arguments(argv):
 
 # --- problems -------------------------------------------------------------------------------------
 def split_problems(args, tokenizer):
-    """{name: rows}: the labels of steps 1 and 3, those of validation, and problems without."""
+    """{name: rows}: labelled problems for steps 1 and 3 and for validation, and unlabelled ones."""
 
     def read(path, labelled=True):
-        context = args.context if labelled else float("inf")  # else their reader skips long ones
+        context = args.context if labelled else float("inf")  # else their reader handles long ones
         problems = grpo.load_problems(path, tokenizer, args.grpo, context)
-        if labelled and not args.dry_run:  # told now, not in the step hours later
+        if labelled and not args.dry_run:  # so that it fails now, not hours later
             grpo.read_answers(problems)
         rows = {}
         for problem in problems:  # each once, because labels are counted by problem
@@ -195,13 +195,13 @@ def split_problems(args, tokenizer):
 
 # --- the runs -------------------------------------------------------------------------------------
 def write_whole(path, text):
-    """Written aside, then renamed: never a half-written file."""
+    """Writes to .new, then renames: never a half-written file."""
     path.with_suffix(".new").write_text(text, encoding="utf-8")
     path.with_suffix(".new").replace(path)
 
 
 def place(args, name, script, flags):
-    """The directory of the run with these inputs, else a new one; bridge.json records them."""
+    """The directory of the run with these inputs, new if none exists; bridge.json records them."""
     here, record = Path(__file__).parent, args.out / "bridge.json"
     files = [here / script, *(here.glob("kernels/*.py") if script != EVAL else ())]
     for path in map(Path, map(str, flags.values())):
@@ -210,7 +210,7 @@ def place(args, name, script, flags):
         files += [path] if path.is_file() else []
     used = dict(flags)
     for path in files:
-        # Training moves all weights, so that their beginning will do.
+        # Training changes all weights, so the beginning of a file will do.
         key, content = str(path), path.open("rb").read(2**26)
         if path.suffix == ".py":  # its syntax tree: comments don't count
             key, content = path.name, ast.dump(ast.parse(content, path.name)).encode()
@@ -228,7 +228,7 @@ def place(args, name, script, flags):
 
 
 def launch(command):
-    """Runs a command, whose output goes where ours goes; its exit status."""
+    """Runs a command, its output going where ours goes; returns its exit status."""
     process = subprocess.Popen(command, close_fds=False)  # so that it inherits the lock
     try:
         return process.wait()
@@ -253,7 +253,7 @@ def run_all(args, splits):
         launcher += ["--nproc-per-node", str(args.nproc), "--"]
     paths = {"TEACHER": args.teacher, "STUDENT": args.student, "1-teacher-rl": args.teacher}
     paths |= {name: f"{args.out}/data/{name.lower()}.jsonl" for name in splits}
-    runs, rates = [], {}  # rates: seconds a step, or an evaluation, of each script
+    runs, rates = [], {}  # rates: each script's seconds per step or per evaluation
     for name, script, named in plan:
         flags = {flag: paths.get(value, value) for flag, value in named.items()}
         flags |= {"--preset": args.preset, "--seed": args.seed}
@@ -285,7 +285,7 @@ def run_all(args, splits):
 
 # --- report ---------------------------------------------------------------------------------------
 def report(args, runs, val_labels):
-    """What each arm has come to and what it has used: results.json, table.md, curves.png."""
+    """What each arm has achieved and what it cost: results.json, table.md, curves.png."""
     models, logs, arms, times = {}, {}, {}, args.grpo.updates_per_step
     figure = Figure(figsize=(16, 6), layout="tight")
     accuracy, reward, kl = figure.subplots(1, 3)
@@ -362,7 +362,7 @@ def main(argv=None):
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_whole(args.out / f"data/{name.lower()}.jsonl", lines)
             report(args, run_all(args, splits), len(splits["VAL"]))
-    except (OSError, SyntaxError) as error:  # no such file; a slip in a script
+    except (OSError, SyntaxError) as error:  # no such file; a syntax error in a script
         fail(str(error).splitlines()[0])
     except KeyboardInterrupt:
         fail("stopped; the same command with --out goes on at the unfinished step")
@@ -370,6 +370,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     os.environ["PYTHONUNBUFFERED"] = "1"
-    sys.stdout.reconfigure(line_buffering=True)  # ours and the scripts' lines in their order
+    sys.stdout.reconfigure(line_buffering=True)  # keeps our lines and the scripts' in order
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that launch() ends the step, too
     main()

@@ -3,13 +3,13 @@
 Each problem is answered n times by sampling and once greedily. Every number is a mean over problems
 and has a 95 % interval, by bootstrap over problems: for a few dozen it is too narrow, and where all
 agree it has no width. Evaluation may filter (top-p, top-k), training never does. What is drawn
-follows from (--seed, problem, index), so a run that was killed ends with the same samples;
+follows from (--seed, problem, index), so a killed run, once resumed, ends with the same samples;
 samples.jsonl holds them, and --regrade judges that file anew, without a model.
 
   Eq. 1  avg@n = c / n, where c of the n samples of a problem are right
-  Eq. 2  pass@k = 1 - C(n - c, k) / C(n, k), the chance that k of the n hold a right one: unbiased
-  Eq. 3  maj@n = is the answer with most votes right? Answers that are equal as mathematics vote
-         together, no box is no vote, and in a tie of m answers each counts 1/m
+  Eq. 2  pass@k = 1 - C(n - c, k) / C(n, k), the chance of a right one among k of the n: unbiased
+  Eq. 3  maj@n = is the answer with the most votes right? Mathematically equal answers vote
+         together, no box means no vote, and in a tie of m answers each counts 1/m
 
     python eval_math.py                     the pocket student: a quarter of a minute
     python eval_math.py --model Qwen/Qwen3-1.7B --data math500 --out runs/base --plot
@@ -30,7 +30,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Set before torch starts its threads: one that waits spins briefly, then leaves its core to others.
+# Set before torch starts its threads: a waiting thread spins briefly, then yields its core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import math_verify
@@ -68,7 +68,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
 
 
 def fail(message):
-    """A person reads this: one line on stderr, exit status 2."""
+    """For a human reader: one line on stderr, exit status 2."""
     # An error that all ranks meet is printed once: the others wait until rank 0's exit ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
@@ -76,16 +76,16 @@ def fail(message):
 
 
 def model_path(path):
-    """A model's directory, which has a config.json, or a name of the hub."""
+    """A model's directory, which has a config.json, or a hub name."""
     config = Path(path, "config.json")
     found = config.exists() and "model_type" in config.read_text()
-    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # hub names: one slash at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
 
 def parse_arguments(argv):
-    """The settings: by hand, else from the preset; and the model's context length."""
+    """The settings, from the flags or else the preset, and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--model", type=model_path, default="tiny/student", help="path or hub id")
@@ -144,9 +144,9 @@ def gather(item):
 
 # --- problems -------------------------------------------------------------------------------------
 def fetch(name):
-    """The rows of a benchmark as lines of JSON, from the hub or from what its client has kept."""
+    """The rows of a benchmark as lines of JSON, from the hub or from its client's cache."""
     repo, file, *split = BENCHMARKS[name]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells of every retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
         if not split:
             return Path(hf_hub_download(repo, file, repo_type="dataset")).open("rb")
@@ -182,7 +182,7 @@ def render(text, tokenizer, args):
 
 
 def load_problems(source, tokenizer, args, context):
-    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    """[{"where", "row", "problem", "prompt", "ids"}]; fails on a bad row, naming it."""
     there = gather(Path(source).exists())
     if any(there) and not all(there):
         fail(f"{source} is there for some processes only, not for rank {there.index(False)}")
@@ -196,7 +196,7 @@ def load_problems(source, tokenizer, args, context):
         if not text or not isinstance(text, str):
             fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
-        if not ids:  # transformers makes an empty tokenizer where there are no files of one
+        if not ids:  # transformers makes an empty tokenizer where it finds no files for one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
@@ -213,9 +213,9 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the
-# end, degrees, a unit in words as a product of its letters. FRACTION: 2 1/2 as (2 + 1)/2, 1/2 x as
-# 1/(2x), \frac\pi4 not at all.
+# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 (as 1 * 0), a full stop at
+# the end, degrees, a unit in words (as a product of its letters). FRACTION: 2 1/2 (as (2 + 1)/2),
+# 1/2 x (as 1/(2x)), \frac\pi4 (not at all).
 NOISE = r"(?<=\d)(,?\\[,;:! ] ?|[~ ])(?=\d{3}(?!\d))|(?<!\\right)[.,]$|°|(?<=\d) +[a-z]{3,}\.?$"
 FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
@@ -235,24 +235,24 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
-    # It drops a letter at the end as a unit; \, keeps it, unless after a number and a space (4 t).
+    # It drops a final letter as a unit; adding \, keeps it (not after a number and a space: 4 t).
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
-    # It cannot read \pm within a fraction, so it gets the answer with either sign.
+    # It cannot read \pm within a fraction, so it gets the answer once with each sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
-    # As LaTeX alone: the extractor of expressions would evaluate the text as code.
+    # As LaTeX only: the extractor for plain expressions would evaluate the text as code.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
     return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
 
 def read_answers(problems):
-    """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
+    """Adds each "answer": the last box of a solution, what follows GSM8K's ####, or the text."""
     for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
         # A sentence, or a text with \boxed 2 in it, would be read as a product of letters: it is
-        # no answer, unless it stands in a box.
+        # not taken as an answer unless it is in a box.
         meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
@@ -282,7 +282,7 @@ def judge(gold, completion):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24; the old name is removed in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -290,7 +290,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
+        # Under autocast the keys' norm gives fp32: an fp32 cache would be cast whole at each token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -308,26 +308,26 @@ class KVLayer(DynamicLayer):
 
 
 def pad_left(texts, device):
-    """The texts' ids, padded on the left with 0, and the mask of what is no padding, (n, L)."""
+    """The texts' ids, padded on the left with 0, and the mask of what is not padding, (n, L)."""
     ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
 def choose(logits, sampling, noise):
-    """The next tokens (n,): from the likeliest down, where their running sum passes the noise."""
+    """The next tokens (n,): from the likeliest down, the one whose running sum passes the noise."""
     # vs grpo.py: filtered, and in an order that makes noise 0 the greedy choice
     temperature, top_k, top_p = sampling
     logits, ids = logits.topk(min(top_k, logits.shape[-1]) or logits.shape[-1])  # (n, K)
     p = (logits.double() / temperature).softmax(-1)
     running = p.cumsum(-1)
-    last = (~(running - p >= top_p)).sum(-1, keepdim=True) - 1  # (n, 1), the one to reach top_p
+    last = (~(running - p >= top_p)).sum(-1, keepdim=True) - 1  # (n, 1), the first to reach top_p
     place = torch.searchsorted(running / running.gather(1, last), noise[:, None], right=True)
-    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)  # V if NaN
+    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)).squeeze(1)  # NaN gives K
 
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
+    """Row i continues prompts[owner[i]] with noise[i]: ids, mask (n, T), clipped (n,) if no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -338,14 +338,14 @@ def decode(model, prompts, owner, noise, temperature):
     logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
-    rows = torch.arange(len(noise), device=noise.device)  # what is still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of it have not ended
+    rows = torch.arange(len(noise), device=noise.device)  # the rows still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
     for t in range(noise.shape[1]):
         token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
         alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if alive.float().mean() <= 0.75:  # dropping rows copies the cache, so not just a few
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: wait for many
             cache.batch_select_indices(alive)
             rows, attention, position = rows[alive], attention[alive], position[alive]
             token, alive = token[alive], alive[alive]
@@ -360,19 +360,19 @@ def decode(model, prompts, owner, noise, temperature):
 
 # --- samples --------------------------------------------------------------------------------------
 def write_whole(path, content):
-    """JSON written aside, then renamed: never a half-written file."""
+    """Writes JSON to .new, then renames: never a half-written file."""
     path.with_suffix(".new").write_text(json.dumps(content, indent=1))
     path.with_suffix(".new").replace(path)
 
 
 def open_run(args, model, problems):
-    """The directory of the run, made or reopened, its config, and the samples that it holds."""
+    """The directory of the run, made or reopened, its config, and the samples already in it."""
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    # Settings that no sample depends on (on the last one only through rounding).
+    # Settings that no sample depends on (rollout_batch matters only through rounding).
     asked = ("out", "k", "plot", "regrade", "compare", "rollout_batch")
     config = {"settings": {k: v for k, v in vars(args).items() if k not in asked}}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
-    # What tells models apart: training moves the first values, a template shows in a prompt.
+    # What tells models apart: training changes the first values, a prompt shows the template.
     values = [p.detach().flatten()[:256].float().tolist() for p in model.parameters()]
     pairs = [[problem["problem"], problem["answer"]] for problem in problems]
     code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
@@ -398,7 +398,7 @@ def open_run(args, model, problems):
 
 def draw(model, tokenizer, problems, rows, args):
     """A line of samples.jsonl for each (problem, index) of rows; index 0 is the greedy one."""
-    # A stream for each sample: another batch size or another n draws the same.
+    # A random stream for each sample: another batch size or n draws the same ones.
     noise = [np.random.default_rng([args.seed, *row]).random(args.max_new_tokens) for row in rows]
     noise = torch.tensor(np.array(noise), device=model.device)
     noise[[index == 0 for _, index in rows]] = 0
@@ -417,7 +417,7 @@ def draw(model, tokenizer, problems, rows, args):
 
 # --- metrics --------------------------------------------------------------------------------------
 def same_vote(one, other):
-    """Equal answers, whichever reads the other. Costly ones as texts: there are many pairs."""
+    """Whether answers are equal, with either as gold; costly ones as text: there are many pairs."""
     costly = COSTLY.search(one) or COSTLY.search(other)
     return one == other or not costly and (same_answer(one, other) or same_answer(other, one))
 
@@ -426,7 +426,7 @@ def measure(samples, ks):
     """The numbers of one problem; the first of its samples is the greedy one."""
     greedy, *drawn = samples
     n, c = len(drawn), sum(sample["right"] for sample in drawn)
-    votes = {}  # for wrong answers; of equal ones the first gets all
+    votes = {}  # for wrong answers; equal ones count towards the first
     for answer in (s["answer"] for s in drawn if not s["right"] and s["answer"] is not None):
         first = next((vote for vote in votes if same_vote(vote, answer)), answer)
         votes[first] = votes.get(first, 0) + 1
@@ -457,7 +457,7 @@ def intervals(rows, resamples=4000):
 def report(out, lines, args, config):
     """Writes results.json, prints its table and draws its picture."""
     n = max((line["index"] for line in lines), default=0)
-    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # whole ones
+    problems = [lines[i : i + n + 1] for i in range(0, len(lines) - n, n + 1)]  # complete ones
     ks = sorted(args.k or {n, *(2**i for i in range(n.bit_length()))})
     if not problems or not 1 <= ks[0] <= ks[-1] <= n:
         fail(f"{out}: {len(problems)} problems with all {n} samples; --k must be from 1 to {n}")
@@ -521,7 +521,7 @@ def compare(one, other):
     gains = [{name: b[name] - a[name] for name in ("avg", "greedy", "maj")} for a, b in pairs]
     was, now = (run.get("settings", {}) for run in (a, b))
     for a, b in pairs:
-        if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # alone with the most votes
+        if (a["maj"] > 0.5) != (b["maj"] > 0.5):  # the right answer won without a tie
             side = "right" if b["maj"] > 0.5 else "wrong"
             print(f"{a['where']} became {side} by majority; avg {a['avg']:.2f} -> {b['avg']:.2f}")
     print(f"{other} minus {one}, {len(pairs)} problems; difference (95 % interval, paired)")
@@ -548,9 +548,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         fail("stopped; the same command with --out goes on")
     if WORLD > 1:
-        dist.barrier()  # nobody leaves while another still writes
+        dist.barrier()  # no process exits while another still writes
         dist.destroy_process_group()
-        time.sleep(1)  # for gloo's threads: one that is still at work would abort Python's exit
+        time.sleep(1)  # for gloo's threads: one still running would make Python abort at exit
 
 
 def evaluate(args, context):
@@ -573,7 +573,7 @@ def evaluate(args, context):
 
     rows = [(number, index) for number in range(len(problems)) for index in range(args.n + 1)]
     bar = tqdm(desc="eval", total=len(rows), initial=len(lines), disable=RANK > 0)
-    # A batch cut short by a kill is drawn anew, whole: beside other rows logits round differently.
+    # A batch cut short by a kill is redrawn whole: beside other rows, logits round differently.
     size = args.rollout_batch
     done = len(lines) if len(lines) == len(rows) else len(lines) // size * size
     for start in range(done, len(rows), size * WORLD):  # a batch for each process

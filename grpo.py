@@ -5,7 +5,7 @@ number for the whole text. Every token of a completion that did better than its 
 likely, every token of one that did worse less likely. This one script trains the teacher, the
 untaught student (the baseline) and the student after the bridge (the dense scripts).
 
-  Eq. 1  A_i = (r_i - mean r) / (std r + 1e-6), std the sample one (n - 1), over the group of i
+  Eq. 1  A_i = (r_i - mean r) / (std r + 1e-6), mean and sample std (n - 1) over the group of i
   Eq. 2  rho_it = pi(y_t|s_t) / pi_old(y_t|s_t)
   Eq. 3  J_it = min(rho_it A_i, clip(rho_it, 1 - 0.2, 1 + 0.28) A_i), and at least 10 A_i if A_i < 0
   Eq. 4  loss = - sum_it J_it / (number of completion tokens in the whole update)
@@ -13,8 +13,8 @@ untaught student (the baseline) and the student after the bridge (the dense scri
 y_t is token t of completion i, s_t all before it. No KL to a reference model, no entropy bonus.
 With one update per step pi_old is pi itself: rho is 1, though its gradient is not 0, and pi_old
 needs no scoring. What is sampled is what is scored: the full softmax at --temperature. All
-randomness follows from (--seed, step, process), so that on a CPU resuming with the same processes
-and threads changes no bit.
+randomness follows from (--seed, step, process): on a CPU, resuming with the same number of
+processes and threads changes no bit.
 
     python grpo.py                          the pocket teacher: half a minute on two cores
     python grpo.py --model Qwen/Qwen3-1.7B --data train.jsonl --val-data val.jsonl --out runs/x
@@ -35,7 +35,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-# Set before torch starts its threads: one that waits spins briefly, then leaves its core to others.
+# Set before torch starts its threads: a waiting thread spins briefly, then yields its core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import math_verify
@@ -81,7 +81,7 @@ MEASURE = "avg@G"  # of validation; best/ has the highest
 
 
 def fail(message):
-    """A person reads this: one line on stderr, exit status 2."""
+    """For a human reader: one line on stderr, exit status 2."""
     # An error that all ranks meet is printed once: the others wait until rank 0's exit ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
@@ -89,16 +89,16 @@ def fail(message):
 
 
 def model_path(path):
-    """A model's directory, which has a config.json, or a name of the hub."""
+    """A model's directory, which has a config.json, or a hub name."""
     config = Path(path, "config.json")
     found = config.exists() and "model_type" in config.read_text()
-    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # hub names: one slash at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
 
 def parse_arguments(argv):
-    """The settings: by hand, else from the preset; and the model's context length."""
+    """The settings, from the flags or else the preset, and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--model", type=model_path, default="tiny/teacher", help="path or hub id")
@@ -117,7 +117,7 @@ def parse_arguments(argv):
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
-    own_data = args.data is not None  # without --val-data a share of it validates
+    own_data = args.data is not None  # without --val-data, part of it is for validation
     for name, tiny, paper, least, _ in FLAGS:
         key = name[2:].replace("-", "_")
         if getattr(args, key) is None and not (own_data and key == "val_data"):
@@ -208,7 +208,7 @@ def render(text, tokenizer, args):
 
 
 def load_problems(source, tokenizer, args, context):
-    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    """[{"where", "row", "problem", "prompt", "ids"}]; fails on a bad row, naming it."""
     there = gather(Path(source).exists())
     if any(there) and not all(there):
         fail(f"{source} is there for some processes only, not for rank {there.index(False)}")
@@ -222,7 +222,7 @@ def load_problems(source, tokenizer, args, context):
         if not text or not isinstance(text, str):
             fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
-        if not ids:  # transformers makes an empty tokenizer where there are no files of one
+        if not ids:  # transformers makes an empty tokenizer where it finds no files for one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
@@ -239,9 +239,9 @@ INTEGER = re.compile(r"-?\d{1,30}")
 # Towers of powers, long exponents and factorials keep sympy busy for a second each.
 TOWER = r"\^\s*\{[^{}]*\d\s*\^|\^\s*\d+\s*\^|\^[^-+=,]*[)}]\s*\^\W*\d\d"
 COSTLY = re.compile(TOWER + r"|\^\W*\d{4,}|\d{3,}\s*!|[!)}]\s*!|binom\W*\d{4,}")
-# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 as 1 * 0, a full stop at the
-# end, degrees, a unit in words as a product of its letters. FRACTION: 2 1/2 as (2 + 1)/2, 1/2 x as
-# 1/(2x), \frac\pi4 not at all.
+# What math-verify misreads. NOISE: 20,\!000 within a fraction, 1\,000 (as 1 * 0), a full stop at
+# the end, degrees, a unit in words (as a product of its letters). FRACTION: 2 1/2 (as (2 + 1)/2),
+# 1/2 x (as 1/(2x)), \frac\pi4 (not at all).
 NOISE = r"(?<=\d)(,?\\[,;:! ] ?|[~ ])(?=\d{3}(?!\d))|(?<!\\right)[.,]$|°|(?<=\d) +[a-z]{3,}\.?$"
 FRACTION = r"(?:\\[dt]?frac *(\\pi) *|(?<![\w.^/}!])(\d+)/)(\d+)(?![\w.^/!({])"
 
@@ -261,24 +261,24 @@ def last_boxed(text):
 def parse_answer(answer):
     """math-verify's reading of an answer; empty if it finds none within a second."""
     answer = re.sub(FRACTION, r"\\frac{\1\2}{\3}", re.sub(NOISE, "", answer))
-    # It drops a letter at the end as a unit; \, keeps it, unless after a number and a space (4 t).
+    # It drops a final letter as a unit; adding \, keeps it (not after a number and a space: 4 t).
     answer = re.sub(r"^(?!-?[\d.,]+ .$)(.*(?<![a-zA-Z\\])[a-z])$", r"\1\\,", answer)
-    # It cannot read \pm within a fraction, so it gets the answer with either sign.
+    # It cannot read \pm within a fraction, so it gets the answer once with each sign.
     both = dict.fromkeys(re.sub(r"\\pm(?![a-z])", sign, answer) for sign in "+-")
-    # As LaTeX alone: the extractor of expressions would evaluate the text as code.
+    # As LaTeX only: the extractor for plain expressions would evaluate the text as code.
     box, latex = f"\\boxed{{{', '.join(both)}}}", [math_verify.LatexExtractionConfig()]
     return math_verify.parse(box, latex, fallback_mode="no_fallback", parsing_timeout=1)
 
 
 def read_answers(problems):
-    """Adds the "answer" of each problem: the last box of a solution, GSM8K's ####, or the text."""
+    """Adds each "answer": the last box of a solution, what follows GSM8K's ####, or the text."""
     for problem in tqdm(problems, "answers", leave=False, delay=2, disable=RANK > 0):
         places = [problem["row"], problem["row"].get("reward_model")]  # DAPO keeps it in the second
         found = [place.get(key) for place in places if isinstance(place, dict) for key in ANSWERS]
         text = next((str(answer) for answer in found if type(answer) in (str, int, float)), "")
         answer = last_boxed(text) or text.rpartition("####")[2].strip()
         # A sentence, or a text with \boxed 2 in it, would be read as a product of letters: it is
-        # no answer, unless it stands in a box.
+        # not taken as an answer unless it is in a box.
         meant = last_boxed(text) or not re.search(r"(?i)\\boxed|^[^\\]*\b(is|are|answer)\b", answer)
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
@@ -301,8 +301,8 @@ def grade(tokenizer, completion_ids, mask, golds):
     for ids, keep, gold in zip(completion_ids.cpu(), mask.cpu(), golds, strict=True):
         texts.append(tokenizer.decode(ids[keep], skip_special_tokens=True))
         answer, began = last_boxed(texts[-1]), time.process_time()
-        # Hostile answers take a second each. After ten of them and 1 % of all, no more LaTeX is
-        # read, lest a step stall. In CPU seconds, so that a busy machine costs no reward.
+        # Hostile answers take a second each. After ten of them plus 1 % of all answers, no more
+        # LaTeX is read, lest a step stall. Timed in CPU seconds: a busy machine costs no reward.
         read = answer and (slow < 10 + len(golds) // 100 or INTEGER.fullmatch(answer))
         rewards.append(float(answer == gold or bool(read and same_answer(gold, answer))))
         slow += time.process_time() - began > 0.5
@@ -310,7 +310,7 @@ def grade(tokenizer, completion_ids, mask, golds):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24; the old name is removed in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -318,7 +318,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
+        # Under autocast the keys' norm gives fp32: an fp32 cache would be cast whole at each token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -336,22 +336,22 @@ class KVLayer(DynamicLayer):
 
 
 def pad_left(texts, device):
-    """The texts' ids, padded on the left with 0, and the mask of what is no padding, (n, L)."""
+    """The texts' ids, padded on the left with 0, and the mask of what is not padding, (n, L)."""
     ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
 def choose(logits, temperature, noise):
-    """The next tokens (n,), drawn from the full softmax by the inverse of its running sum."""
+    """The next tokens (n,), drawn from the full softmax by inverting its running sum."""
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
     token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
-    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN, which stops train()
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN gives V, and stops train()
 
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
+    """Row i continues prompts[owner[i]] with noise[i]: ids, mask (n, T), clipped (n,) if no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -362,14 +362,14 @@ def decode(model, prompts, owner, noise, temperature):
     logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
-    rows = torch.arange(len(noise), device=noise.device)  # what is still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of it have not ended
+    rows = torch.arange(len(noise), device=noise.device)  # the rows still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
     for t in range(noise.shape[1]):
         token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
         alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if alive.float().mean() <= 0.75:  # dropping rows copies the cache, so not just a few
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: wait for many
             cache.batch_select_indices(alive)
             rows, attention, position = rows[alive], attention[alive], position[alive]
             token, alive = token[alive], alive[alive]
@@ -399,7 +399,7 @@ def rollout(model, prompts, group, rng, args):
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
     for layer, kept in zip(sharded, hooks, strict=True):
         layer._forward_pre_hooks, layer._forward_hooks = kept
-    torch.cuda.empty_cache()  # the KV cache's memory, for NCCL, which has its own
+    torch.cuda.empty_cache()  # frees the KV cache's memory: NCCL allocates its own
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -415,7 +415,7 @@ def score(model, problems, completion_ids, mask, prompt="ids"):
     texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
     ids, attention = pad_left(texts, model.device)  # (n, L)
     position = (attention.cumsum(1) - 1).clamp(min=0)
-    # The one shift: the logits at a position are about the token after it.
+    # The one shift: the logits at a position predict the token after it.
     before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]  # (T,)
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
@@ -426,7 +426,7 @@ def micro_batches(rows, problems, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length, so that little is padded (on the left)."""
     lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 needs every rank in every pass: one with no part left scores row 0, without a token.
+    # FSDP2 needs every rank in every pass: one with no part left scores row 0's prompt alone.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
@@ -457,7 +457,7 @@ def policy_loss(logp, logp_old, advantage, mask, n_tokens):
 
 # --- validation -----------------------------------------------------------------------------------
 def validate(model, tokenizer, problems, args):
-    """avg@G, with the same noise each time (if WORLD stays): only the model changes."""
+    """avg@G, with the same noise each time (for the same WORLD): only the model changes."""
     rng, group = np.random.default_rng([args.seed, 1, RANK]), args.samples_per_prompt
     problems = problems[RANK::WORLD]
     completion_ids, mask, _ = rollout(model, [p["ids"] for p in problems], group, rng, args)
@@ -469,13 +469,13 @@ def validate(model, tokenizer, problems, args):
 
 # --- checkpoint -----------------------------------------------------------------------------------
 def open_run(args, problems):
-    """The directory of the run, made or reopened, and the state to go on from."""
+    """The directory of the run, made or reopened, and the state to resume from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
-    # Training moves all weights, so that a file's first megabyte tells one model from another.
+    # Training changes all weights, so a file's first megabyte tells one model from another.
     models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
     weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
     texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
@@ -490,7 +490,7 @@ def open_run(args, problems):
             fail(f"--overwrite would delete {inside[0]}, which lies in {out}: give another --out")
         shutil.rmtree(out)
     elif "settings" in old:
-        # These may change: a run can be extended, and fitted to the memory.
+        # These may change: a run can be extended, or adapted to the memory.
         free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
         was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
@@ -515,7 +515,7 @@ def open_run(args, problems):
 
 
 def save(path, model, tokenizer, optimizer=(), state=None):
-    """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    """Writes a model (or a checkpoint, given optimizer and state) as .new, then renames it."""
     weights, moments = state_dict.get_state_dict(model, optimizer, options=WHOLE)
     if RANK:
         return
@@ -529,7 +529,7 @@ def save(path, model, tokenizer, optimizer=(), state=None):
         if optimizer:
             torch.save(moments, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
+    except Exception as error:  # on a full disk torch, safetensors, Python raise different errors
         shutil.rmtree(new, ignore_errors=True)
         fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
     shutil.rmtree(old, ignore_errors=True)
@@ -551,16 +551,16 @@ def show(tokenizer, completion_ids, signal, name):
 def main(argv=None):
     try:
         train(*parse_arguments(argv))
-    except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
+    except (OSError, dist.DistError) as error:  # no such model or file, disk full, no free port
         fail(str(error).partition("\n")[0])
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     except KeyboardInterrupt:
         fail("stopped; the same command with --out goes on")
     if WORLD > 1:
-        dist.barrier()  # nobody leaves while another still writes
+        dist.barrier()  # no process exits while another still writes
         dist.destroy_process_group()
-        time.sleep(1)  # for gloo's threads: one that is still at work would abort Python's exit
+        time.sleep(1)  # for gloo's threads: one still running would make Python abort at exit
 
 
 def train(args, context):
@@ -595,15 +595,15 @@ def train(args, context):
     # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
     source = out / "checkpoint" if first_step else args.model
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
-    transformers.utils.logging.disable_progress_bar()  # of every later save
+    transformers.utils.logging.disable_progress_bar()  # the bars of later saves
     if args.checkpointing:
         model.gradient_checkpointing_enable()
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 for a checkpoint, 4 for a model. While they are written, checkpoint/ and
-    # best/ stand there twice, final/ once; on resume the first two are there once already.
+    # Bytes per parameter: 12 for a checkpoint, 4 for a model. During a write, checkpoint/ and best/
+    # exist twice, final/ only once; on resume the first two already exist once.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
@@ -629,7 +629,7 @@ def train(args, context):
         batch = [problems[i] for i in order[step * n : (step + 1) * n][RANK::WORLD]]
         rng = np.random.default_rng([args.seed, 2, step, RANK])
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
-        batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        batch = [problem for problem in batch for _ in range(group)]  # N, like the rollouts
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
         # 2 grade
@@ -647,7 +647,7 @@ def train(args, context):
         turn = (torch.arange(n)[RANK::WORLD] * args.updates_per_step // n).repeat_interleave(group)
         updates = [rows[turn == i] for i in range(args.updates_per_step)]
 
-        # 3 score: pi_old, where several updates share the rollouts; pi itself just before its loss
+        # 3 score: pi_old, if several updates share the rollouts; pi itself just before its loss
         logp_old = []  # of every micro-batch (n, T), in the order in which the loss takes them
         for update in updates if args.updates_per_step > 1 else ():
             for _, own, ids, keep in micro_batches(update, batch, completion_ids, mask, args):
@@ -663,9 +663,9 @@ def train(args, context):
             n_tokens = total(int(mask[update].sum()))[0] / WORLD  # FSDP2 averages gradients
             for part, own, ids, keep in micro_batches(update, batch, completion_ids, mask, args):
                 logits = score(model, own, ids, keep)
-                # In place: the gradient overwrites the logits, so that nothing else may use them.
+                # In place: the gradient overwrites the logits, so nothing else may use them.
                 logp, entropy = token_logprob(logits, ids, args.temperature, inplace_backward=True)
-                del logits  # else they would live on beside those of the next part
+                del logits  # else they would stay in memory beside the next part's
                 # 4 loss
                 old = logp_old.pop(0) if logp_old else logp.detach()  # (n, T)
                 policy_loss(logp, old, advantage[part], keep, n_tokens).backward()
@@ -680,7 +680,7 @@ def train(args, context):
 
         # 6 log
         counts = len(mask), int(mask.sum()), int(clipped.sum())
-        tied = int((reward == reward[:, :1]).all(1).sum())  # groups in which nobody is better
+        tied = int((reward == reward[:, :1]).all(1).sum())  # groups whose rewards are all equal
         n_rows, tokens, cut, tied, right, entropy = total(*counts, tied, sum(rewards), entropy_sum)
         seconds = time.monotonic() - began
         line = dict(

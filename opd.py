@@ -1,18 +1,18 @@
 """OPD: on-policy distillation, a dense signal on one's own text (arXiv 2605.12483, step 2b).
 
 The student answers, and at every token of its answer the teacher's whole next-token distribution
-stands beside the student's: one number for each token, where GRPO has one for the whole text. The
+is compared with the student's: one number per token, where GRPO has one for the whole text. The
 student learns on the prefixes that it will meet, and the reverse KL lets it settle on one of the
 teacher's ways of working. No label is read: --data needs no answers.
 
-  Eq. 1  KL_it = sum_v pi_S(v|s_t) (log pi_S(v|s_t) - log pi_T(v|s_t)), y_i the student's own
+  Eq. 1  KL_it = sum_v pi_S(v|s_t) (log pi_S(v|s_t) - log pi_T(v|s_t)), y_i from the student
   Eq. 2  loss = sum_it KL_it / (number of completion tokens in the whole update)
   Eq. 3  --estimator sampled: the advantage of y_t is log pi_T(y_t|s_t) - log pi_S(y_t|s_t)
 
 The sampling is not differentiated: the gradient is that of Eq. 2 at fixed prefixes. Its negative is
-the policy gradient whose reward for a token is that token's log pi_T - log pi_S alone, without what
-follows it, and Eq. 3 is its cheap, noisy estimate. (Not Eq. 1: it is the same for every y_t, and
-as an advantage its expected gradient is zero.)
+the policy gradient whose reward for a token is that token's log pi_T - log pi_S alone, ignoring
+what follows, and Eq. 3 is its cheap, noisy estimate. (Eq. 1 would not do as the advantage: it is
+the same for every y_t, so the expected gradient would be zero.)
 vs fkl_warmup.py: who samples, and the direction of the KL.
 
     python opd.py                           the pocket student: about a minute on two cores
@@ -32,7 +32,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-# Set before torch starts its threads: one that waits spins briefly, then leaves its core to others.
+# Set before torch starts its threads: a waiting thread spins briefly, then yields its core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -76,7 +76,7 @@ MEASURE = "held-out KL"  # of validation; best/ has the lowest
 
 
 def fail(message):
-    """A person reads this: one line on stderr, exit status 2."""
+    """For a human reader: one line on stderr, exit status 2."""
     # An error that all ranks meet is printed once: the others wait until rank 0's exit ends them.
     time.sleep(10 if RANK else 0)
     tqdm.write(f"{Path(__file__).name}: {message}", file=sys.stderr)
@@ -84,16 +84,16 @@ def fail(message):
 
 
 def model_path(path):
-    """A model's directory, which has a config.json, or a name of the hub."""
+    """A model's directory, which has a config.json, or a hub name."""
     config = Path(path, "config.json")
     found = config.exists() and "model_type" in config.read_text()
-    if not found and (Path(path).is_dir() or path.count("/") > 1):  # a hub's name has one at most
+    if not found and (Path(path).is_dir() or path.count("/") > 1):  # hub names: one slash at most
         fail(f"{path} holds no model; of a run take its best/ or its final/")
     return path
 
 
 def parse_arguments(argv):
-    """The settings: by hand, else from the preset; and the model's context length."""
+    """The settings, from the flags or else the preset, and the model's context length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--student", type=model_path, default="tiny/student", help="path or hub id")
@@ -113,7 +113,7 @@ def parse_arguments(argv):
     with torch.device("meta"):
         n_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     args.preset = args.preset or ("tiny" if n_parameters < 10e6 else "paper")
-    own_data = args.data is not None  # without --val-data a share of it validates
+    own_data = args.data is not None  # without --val-data, part of it is for validation
     for name, tiny, paper, least, _ in FLAGS:
         key = name[2:].replace("-", "_")
         if getattr(args, key) is None and not (own_data and key == "val_data"):
@@ -202,7 +202,7 @@ def render(text, tokenizer, args):
 
 
 def load_problems(source, tokenizer, args, context):
-    """[{"where", "row", "problem", "prompt", "ids"}]; a row that cannot be used is named."""
+    """[{"where", "row", "problem", "prompt", "ids"}]; fails on a bad row, naming it."""
     there = gather(Path(source).exists())
     if any(there) and not all(there):
         fail(f"{source} is there for some processes only, not for rank {there.index(False)}")
@@ -216,7 +216,7 @@ def load_problems(source, tokenizer, args, context):
         if not text or not isinstance(text, str):
             fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
-        if not ids:  # transformers makes an empty tokenizer where there are no files of one
+        if not ids:  # transformers makes an empty tokenizer where it finds no files for one
             fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
@@ -227,7 +227,7 @@ def load_problems(source, tokenizer, args, context):
 
 
 # --- rollout --------------------------------------------------------------------------------------
-# What transformers calls a model's cache: renamed in 5.24, and the old name goes in 5.40.
+# What transformers calls a model's cache: renamed in 5.24; the old name is removed in 5.40.
 CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
 
 
@@ -235,7 +235,7 @@ class KVLayer(DynamicLayer):
     """One layer's keys and values, written in place; room is made for 64 positions at a time."""
 
     def update(self, keys, values, *args, **kwargs):
-        # Under autocast the keys' norm returns fp32: else all of the cache is cast at every token.
+        # Under autocast the keys' norm gives fp32: an fp32 cache would be cast whole at each token.
         new = torch.stack([keys.to(values.dtype), values])  # (2, n, heads, t, d)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -253,22 +253,22 @@ class KVLayer(DynamicLayer):
 
 
 def pad_left(texts, device):
-    """The texts' ids, padded on the left with 0, and the mask of what is no padding, (n, L)."""
+    """The texts' ids, padded on the left with 0, and the mask of what is not padding, (n, L)."""
     ids = rnn.pad_sequence([torch.as_tensor(t, device=device) for t in texts], True, -1, "left")
     return ids.clamp(min=0), (ids >= 0).long()
 
 
 def choose(logits, temperature, noise):
-    """The next tokens (n,), drawn from the full softmax by the inverse of its running sum."""
+    """The next tokens (n,), drawn from the full softmax by inverting its running sum."""
     # In float64, because a running sum of 151,936 float32 terms loses the tail.
     running = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (n, V)
     token = torch.searchsorted(running / running[:, -1:], noise[:, None], right=True)
-    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # V if NaN, which stops train()
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(1)  # NaN gives V, and stops train()
 
 
 @torch.inference_mode()
 def decode(model, prompts, owner, noise, temperature):
-    """Row i continues prompts[owner[i]] by noise[i]; ids, mask (n, T), and clipped (n,): no EOS."""
+    """Row i continues prompts[owner[i]] with noise[i]: ids, mask (n, T), clipped (n,) if no EOS."""
     completion_ids = torch.zeros_like(noise, dtype=torch.long)  # (n, T)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=noise.device).view(-1)
     prompt_ids, attention = pad_left(prompts, noise.device)  # (B, P)
@@ -279,14 +279,14 @@ def decode(model, prompts, owner, noise, temperature):
     logits = out.logits[owner, -1]  # (n, V)
     cache.batch_select_indices(owner)  # each prompt is read once, its cache repeated
     attention, position = attention[owner], position[owner, -1:]  # (n, P), (n, 1)
-    rows = torch.arange(len(noise), device=noise.device)  # what is still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # which of it have not ended
+    rows = torch.arange(len(noise), device=noise.device)  # the rows still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of these have not ended
     for t in range(noise.shape[1]):
         token = completion_ids[rows, t] = choose(logits, temperature, noise[rows, t])
         alive = alive & ~torch.isin(token, eos_ids)
         if not alive.any() or t + 1 == noise.shape[1]:
             break
-        if alive.float().mean() <= 0.75:  # dropping rows copies the cache, so not just a few
+        if alive.float().mean() <= 0.75:  # dropping rows copies the cache: wait for many
             cache.batch_select_indices(alive)
             rows, attention, position = rows[alive], attention[alive], position[alive]
             token, alive = token[alive], alive[alive]
@@ -316,7 +316,7 @@ def rollout(model, prompts, group, rng, args):
             parts.append(decode(model, own, part - part[0], noise, args.temperature))
     for layer, kept in zip(sharded, hooks, strict=True):
         layer._forward_pre_hooks, layer._forward_hooks = kept
-    torch.cuda.empty_cache()  # the KV cache's memory, for NCCL, which has its own
+    torch.cuda.empty_cache()  # frees the KV cache's memory: NCCL allocates its own
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -332,7 +332,7 @@ def score(model, problems, completion_ids, mask, prompt="ids"):
     texts = [problem[prompt] + ids[len(ids) - n :] for problem, ids, n in rows]
     ids, attention = pad_left(texts, model.device)  # (n, L)
     position = (attention.cumsum(1) - 1).clamp(min=0)
-    # The one shift: the logits at a position are about the token after it.
+    # The one shift: the logits at a position predict the token after it.
     before = torch.arange(ids.shape[1], device=model.device)[-1 - mask.shape[1] : -1]  # (T,)
     options = {"use_cache": False, "logits_to_keep": before}
     with autocast(model):
@@ -343,7 +343,7 @@ def micro_batches(rows, problems, completion_ids, mask, args):
     """--micro-batch rows at a time, sorted by length, so that little is padded (on the left)."""
     lengths = mask.sum(1) + torch.tensor([len(p["ids"]) for p in problems], device=mask.device)
     parts = rows[lengths[rows].argsort(stable=True)].split(args.micro_batch)
-    # FSDP2 needs every rank in every pass: one with no part left scores row 0, without a token.
+    # FSDP2 needs every rank in every pass: one with no part left scores row 0's prompt alone.
     for number in tqdm(range(max(gather(len(parts)))), "score", **INNER_BAR):
         real = number < len(parts)
         part = parts[number] if real else rows.new_zeros(1)
@@ -366,10 +366,10 @@ def distil_loss(student_logits, teacher_logits, ids, mask, n_tokens, args):
     if args.estimator == "sampled":
         logp = token_logprob(student_logits, ids, args.temperature, inplace_backward=True)[0]
         reward = token_logprob(teacher_logits, ids, args.temperature)[0] - logp.detach()  # Eq. 3
-        counts = mask & reward.isfinite()  # an infinite one is logged, without a gradient
+        counts = mask & reward.isfinite()  # an infinite reward is logged but gives no gradient
         product = torch.where(counts, reward, 0.0) * torch.where(counts, logp, 0.0)
         return -product.sum() / n_tokens, -torch.where(mask, reward, 0.0)
-    # In place: the gradient overwrites the student's logits, so that nothing else may use them.
+    # In place: the gradient overwrites the student's logits, so nothing else may use them.
     kl = softmax_kl(*logits, "reverse", args.temperature, mask, inplace_backward=True)  # Eq. 1
     return kl.sum() / n_tokens, kl.detach()  # Eq. 2
 
@@ -414,7 +414,7 @@ def load_teacher(student, tokenizer, args):
         teacher.generation_config.eos_token_id = student.generation_config.eos_token_id = both
     width = min(student.config.vocab_size, teacher.config.vocab_size)
     for model, name in ((student, args.student), (teacher, args.teacher)):
-        if model.config.vocab_size > width:  # rows of padding, which no token has
+        if model.config.vocab_size > width:  # padding rows, which belong to no token
             print(f"the head of {name} is cut from {model.config.vocab_size} to {width}")
             model.resize_token_embeddings(width)
     return teacher.eval().requires_grad_(False)
@@ -422,13 +422,13 @@ def load_teacher(student, tokenizer, args):
 
 # --- checkpoint -----------------------------------------------------------------------------------
 def open_run(args, problems):
-    """The directory of the run, made or reopened, and the state to go on from."""
+    """The directory of the run, made or reopened, and the state to resume from."""
     out = Path(args.out or time.strftime(f"runs/{Path(__file__).stem}-%Y%m%d-%H%M%S"))
     sources = [Path(__file__), *sorted(Path(__file__).parent.glob("kernels/*.py"))]
     trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "show")}
     texts = {"code": "".join(trees), "data": repr([p["row"] for p in problems])}
-    # Training moves all weights, so that a file's first megabyte tells one model from another.
+    # Training changes all weights, so a file's first megabyte tells one model from another.
     models = [Path(settings[key]) for key in ("model", "student", "teacher") if settings.get(key)]
     weights = [file for path in models for file in sorted(path.glob("*.safetensors"))]
     texts["model"] = repr([file.open("rb").read(2**20) for file in weights])
@@ -443,7 +443,7 @@ def open_run(args, problems):
             fail(f"--overwrite would delete {inside[0]}, which lies in {out}: give another --out")
         shutil.rmtree(out)
     elif "settings" in old:
-        # These may change: a run can be extended, and fitted to the memory.
+        # These may change: a run can be extended, or adapted to the memory.
         free = ("steps", "micro_batch", "rollout_batch", "checkpointing")
         was = old["settings"] | {key: settings[key] for key in free}
         differs = [f"{k} was {was.get(k)!r}" for k, v in settings.items() if v != was.get(k)]
@@ -468,7 +468,7 @@ def open_run(args, problems):
 
 
 def save(path, model, tokenizer, optimizer=(), state=None):
-    """A model directory, or with optimizer and state a checkpoint: written aside, then renamed."""
+    """Writes a model (or a checkpoint, given optimizer and state) as .new, then renames it."""
     weights, moments = state_dict.get_state_dict(model, optimizer, options=WHOLE)
     if RANK:
         return
@@ -482,7 +482,7 @@ def save(path, model, tokenizer, optimizer=(), state=None):
         if optimizer:
             torch.save(moments, new / "optimizer.pt")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    except Exception as error:  # on a full disk torch, safetensors and Python each raise their own
+    except Exception as error:  # on a full disk torch, safetensors, Python raise different errors
         shutil.rmtree(new, ignore_errors=True)
         fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
     shutil.rmtree(old, ignore_errors=True)
@@ -504,16 +504,16 @@ def show(tokenizer, completion_ids, signal, name):
 def main(argv=None):
     try:
         train(*parse_arguments(argv))
-    except (OSError, dist.DistError) as error:  # no such model or file, no room, no free port
+    except (OSError, dist.DistError) as error:  # no such model or file, disk full, no free port
         fail(str(error).partition("\n")[0])
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     except KeyboardInterrupt:
         fail("stopped; the same command with --out goes on")
     if WORLD > 1:
-        dist.barrier()  # nobody leaves while another still writes
+        dist.barrier()  # no process exits while another still writes
         dist.destroy_process_group()
-        time.sleep(1)  # for gloo's threads: one that is still at work would abort Python's exit
+        time.sleep(1)  # for gloo's threads: one still running would make Python abort at exit
 
 
 def train(args, context):
@@ -549,7 +549,7 @@ def train(args, context):
     # fp32 weights whatever the file holds: in bf16 a step at lr 1e-6 moves almost nothing.
     source = out / "checkpoint" if first_step else args.student
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device)
-    transformers.utils.logging.disable_progress_bar()  # of every later save
+    transformers.utils.logging.disable_progress_bar()  # the bars of later saves
     if args.checkpointing:
         model.gradient_checkpointing_enable()
     if model.generation_config.eos_token_id is None:
@@ -557,8 +557,8 @@ def train(args, context):
     teacher = load_teacher(model, tokenizer, args)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    # Bytes a parameter: 12 for a checkpoint, 4 for a model. While they are written, checkpoint/ and
-    # best/ stand there twice, final/ once; on resume the first two are there once already.
+    # Bytes per parameter: 12 for a checkpoint, 4 for a model. During a write, checkpoint/ and best/
+    # exist twice, final/ only once; on resume the first two already exist once.
     needed = (20 if first_step else 36) * model.num_parameters()
     if out and shutil.disk_usage(out).free < needed:
         fail(f"{out}: the checkpoints need {needed / 1e9:.1f} GB; make room, or take another --out")
@@ -584,10 +584,10 @@ def train(args, context):
         batch = [problems[i] for i in order[step * n : (step + 1) * n][RANK::WORLD]]
         rng = np.random.default_rng([args.seed, 2, step, RANK])
         completion_ids, mask, clipped = rollout(model, [p["ids"] for p in batch], group, rng, args)
-        batch = [problem for problem in batch for _ in range(group)]  # N, as the rollouts
+        batch = [problem for problem in batch for _ in range(group)]  # N, like the rollouts
         rows = torch.arange(1 if args.show else len(batch), device=model.device)
 
-        # 2 grade: nothing, the teacher judges every token
+        # 2 grade: nothing to do, the teacher judges every token
         texts = [tokenizer.decode(completion_ids[i][mask[i]]) for i in rows]
         rewards = [None] * len(texts)
         if step == first_step:
@@ -603,7 +603,7 @@ def train(args, context):
             logits = both_logits(model, teacher, own, ids, keep)
             # 4 loss
             loss, kl = distil_loss(*logits, ids, keep, n_tokens, args)
-            del logits  # else they would live on beside those of the next part
+            del logits  # else they would stay in memory beside the next part's
             if args.show:
                 return show(tokenizer, ids[-1][keep[-1]], kl[-1][keep[-1]], "KL")
             loss.backward()

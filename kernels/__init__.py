@@ -1,7 +1,7 @@
 """The fused softmax-KL and the token log-probability, forward and backward: what scripts import.
 
 reference.py defines both in plain torch and serves the CPU; softmax_kl.py and logprob.py run the
-Triton kernels and serve CUDA. What the two share is here: the checks and the tie to autograd.
+Triton kernels and serve CUDA. What both paths share is here: the checks and the link to autograd.
 """
 
 import os
@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from kernels import reference
 
-# Early, since importing softmax_kl.py binds its name here, which the function below takes over.
+# First, since importing softmax_kl.py binds its name here; the function below then rebinds it.
 try:
     from kernels import logprob as triton_logprob
     from kernels import softmax_kl as triton_kl
 except ImportError:  # no Triton, as on macOS
     triton_logprob = triton_kl = reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; Triton read it just now, too
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; Triton read it above, too
 
 
 def softmax_kl(
@@ -44,19 +44,19 @@ def softmax_kl(
     rows = as_rows(student_logits), as_rows(teacher_logits), mask.reshape(-1).contiguous()
     settings = inplace_backward, direction, temperature
     (kl,) = Fused.apply(module.kl_forward, module.kl_backward, 1, settings, *rows)
-    # The same number; but where it is masked or infinite, no gradient goes back.
+    # The same values, but where masked or infinite, no gradient flows back.
     return kl.where(rows[2] & (kl != torch.inf), kl.detach()).view(tokens)
 
 
 def token_logprob(logits, ids, temperature=1.0, inplace_backward=False):
     """(log-probability of ids, entropy), both per token and in fp32, of logits (..., V), ids (...).
 
-    A token whose two incoming gradients are 0 is left out as in softmax_kl, as is inplace_backward.
+    As in softmax_kl: inplace_backward, and gradient 0 for a token whose incoming ones are both 0.
     """
     shapes = {"logits": logits, "ids": ids}
     require(ids.shape == logits.shape[:-1], "ids are not one per token of logits", shapes)
     require(logits.is_floating_point(), f"logits are {logits.dtype}, not floats", shapes)
-    # On a GPU this waits for all that was launched before: the price of an error one can read.
+    # On a GPU this waits for all that was launched before: the price of a readable error.
     known = ((ids >= 0) & (ids < logits.shape[-1])).all()
     require(known, "ids are not all in [0, V)", shapes)
     module = triton_logprob if logits.is_cuda or INTERPRETED else reference
@@ -75,7 +75,7 @@ class Fused(torch.autograd.Function):
         dtype = torch.float64 if wide else torch.float32
         outputs = tuple(rows[0].new_zeros(len(rows[0]), dtype=dtype) for _ in range(count))
         stats = rows[0].new_empty(len(rows[0]), 4, dtype=dtype)
-        with torch.cuda.device_of(rows[0]):  # Triton launches on the current; a backward sets it
+        with torch.cuda.device_of(rows[0]):  # where Triton launches; autograd sets it in backward
             forward(*outputs, stats, *rows, *settings[1:])
         ctx.save_for_backward(*rows, *outputs, stats)
         ctx.function, ctx.settings = backward, settings
@@ -85,7 +85,7 @@ class Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         saved, (inplace, *settings) = ctx.saved_tensors, ctx.settings
-        if inplace:  # autograd does not see Triton write: now it refuses what needs the logits
+        if inplace:  # autograd cannot see Triton write: this makes it refuse what needs the logits
             torch.autograd.graph.increment_version(saved[0])
         grad = saved[0].detach() if inplace else torch.empty_like(saved[0])
         ctx.function(grad, *(g / settings[-1] for g in grads), *saved, *settings)

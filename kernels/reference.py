@@ -9,18 +9,18 @@ With x = z / τ for the logits z of one token, and log p = x − logsumexp(x):
 Online, in one pass (Triton), with m the largest x so far: S = Σ e^(x − m) for p and q, and
 D = Σ e^(x_p − m_p) d, where d = (x_p − m_p) − (x_q − m_q) is centred. If the maxima grow by Δ:
 S ← S e^(−Δ) and D ← (D + S_p (Δ_q − Δ_p)) e^(−Δ_p). In the end KL = D/S_p − log S_p + log S_q.
-For the backward, log p − log q = d − (log S_p − log S_q): the difference of two logarithms that are
-rounded would lose the digits of a small KL.
+For the backward, log p − log q = d − (log S_p − log S_q): the difference of two rounded logarithms
+would lose the digits of a small KL.
 
-Autograd would keep several fp32 copies of the logits. Here the backward needs the logits alone and
-a few numbers per row, and computes everything else again, a few rows at a time.
+Autograd would keep several fp32 copies of the logits. Here the backward needs only the logits and a
+few numbers per row, and recomputes everything else, a few rows at a time.
 """
 
 import math
 
 import torch
 
-CHUNK = 1 << 17  # logits at once, at least a row: bounds the memory, and stays in the cache
+CHUNK = 1 << 17  # logits at a time, but at least a row: bounds memory and fits in the cache
 
 
 def kl_forward(kl, stats, student, teacher, mask, direction, temperature):
@@ -37,7 +37,7 @@ def kl_forward(kl, stats, student, teacher, mask, direction, temperature):
 
 
 def kl_backward(grad, scale, student, teacher, mask, kl, stats, direction, temperature):
-    """Writes scale · τ ∂KL/∂z into grad, for the student's z; 0 where the scale is."""
+    """Writes scale · τ ∂KL/∂z into grad, for the student's z; 0 where the scale is 0."""
     grad.index_fill_(0, (scale == 0).nonzero()[:, 0], 0)
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
     for rows in chunks(scale != 0, student):
@@ -49,7 +49,7 @@ def kl_backward(grad, scale, student, teacher, mask, kl, stats, direction, tempe
             s_exp, s_sum = fast_exp_(x_p), p_sum
             weigh(dz, s_exp)
         else:
-            s_exp, s_sum = x_q.exp_(), q_sum  # exact, as of neighbours most cancels below
+            s_exp, s_sum = x_q.exp_(), q_sum  # exact, as near-equal terms mostly cancel below
             dz = s_exp.addcmul(x_p.exp_(), q_sum / p_sum, value=-1)
         grad[rows] = balanced(dz, s_exp, s_sum, scale[rows, None]).to(grad.dtype)
 
@@ -66,7 +66,7 @@ def logprob_forward(logp, entropy, stats, logits, ids, temperature):
 
 
 def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, stats, temperature):
-    """Writes τ (g_logp · ∂log p[id]/∂z + g_entropy · ∂H/∂z) into grad; 0 where both g are."""
+    """Writes τ (g_logp · ∂log p[id]/∂z + g_entropy · ∂H/∂z) into grad; 0 where both g are 0."""
     live = (g_logp != 0) | (g_entropy != 0)
     grad.index_fill_(0, (~live).nonzero()[:, 0], 0)
     for rows in chunks(live, logits):
@@ -81,7 +81,7 @@ def logprob_backward(grad, g_logp, g_entropy, logits, ids, logp, entropy, stats,
 
 
 def centred(logits, rows, temperature, z_max=None):
-    """x − max x of these rows, in fp32, and max z; divided by τ last, as an offset costs digits."""
+    """x − max x of these rows, in fp32, and max z; τ divides last, since an offset costs digits."""
     z = logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)
     if z_max is None:
         z_max = z.amax(-1, keepdim=True).to(torch.promote_types(z.dtype, torch.float32))
@@ -95,18 +95,18 @@ def fast_exp_(x):
 
 
 def weigh(x, p):
-    """x becomes p · x, whose sum a row it returns; 0 where p is 0 and x infinite."""
+    """Turns x into p · x, 0 where p is 0 and x infinite, and returns the sum of each row."""
     total = x.mul_(p).sum(-1, keepdim=True)
-    if total.isnan().any():  # such an x is rare, and looking for it slow
+    if total.isnan().any():  # such an x is rare, and looking for it is slow
         total = x.masked_fill_(p == 0, 0).sum(-1, keepdim=True)
     return total
 
 
 def balanced(dz, s_exp, s_sum, scale):
-    """scale · dz / S, for dz and s_exp that are S times the gradient and the student's softmax.
+    """scale · dz / S, where dz and s_exp are S times the gradient and the student's softmax.
 
-    S divides here, a number a row, and not each logit before. A row of the gradient sums to 0;
-    where s is almost 1, its rounding is most of that sum.
+    Dividing by S here takes one number per row, not per logit. A row of the gradient sums to 0:
+    the excess, mostly rounding where s is almost 1, is taken off in proportion to s.
     """
     dz.addcmul_(s_exp, dz.sum(-1, keepdim=True) / s_sum, value=-1)
     return dz.mul_(scale / s_sum)

@@ -1,9 +1,9 @@
 """The Triton kernels: a program per token, one pass over its logits each way.
 
 reference.py defines what they compute and has the mathematics of the online form: S, D and Δ are
-_sum, d_sum and _delta here. Logits are not divided by τ, and the base is 2: beta = log₂e / τ stands
-in each exponent, since exp2 is one instruction on the GPU and exp is five, enough for the forward
-to wait for arithmetic and not for memory.
+_sum, d_sum and _delta here. Logits are not divided by τ, and the base is 2: each exponent contains
+beta = log₂e / τ, since exp2 is one instruction on the GPU and exp is five, enough to make the
+forward wait for arithmetic rather than for memory.
 
 They serve token_logprob (logprob.py), too. With log q = 0 everywhere, which is no distribution but
 fits the formula, KL is −H: without HAS_Q, and in the KIND "logprob", q is neither read nor needed.
@@ -40,7 +40,7 @@ def lane_width(sizes):
 
 @triton.jit
 def moved(p_sum, d_sum, p_delta, q_delta, beta):
-    """The sums of a lane after its maxima have grown by so much."""
+    """The sums of a lane after its maxima have grown by the deltas."""
     scale = tl.exp2(-p_delta * beta)
     # where: a probability of 0 counts for nothing, even against an infinite difference.
     return p_sum * scale, tl.where(scale == 0, 0.0, (d_sum + p_sum * (q_delta - p_delta)) * scale)
@@ -51,18 +51,18 @@ def forward_kernel(
     kl_ptr, stats_ptr, p_ptr, q_ptr, mask_ptr, V, p_stride, q_stride, beta,
     HAS_Q: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # row · stride goes beyond 2³¹
+    row = tl.program_id(0).to(tl.int64)  # row · stride can exceed 2³¹
     if tl.load(mask_ptr + row) == 0:
         return
     # Each lane, WIDTH logits of a block, has maxima and sums of its own: no thread waits.
     lane, zero = tl.arange(0, BLOCK // WIDTH), tl.zeros([BLOCK // WIDTH], tl.float32)
-    p_max, q_max = zero - 1e30, zero - 1e30  # not −inf: −inf − (−inf) is no number
+    p_max, q_max = zero - 1e30, zero - 1e30  # not −inf: −inf − (−inf) is NaN
     p_sum, q_sum, d_sum, q_delta = zero, zero, zero, zero
     for start in range(0, V, BLOCK):
         v = start + WIDTH * lane[:, None] + tl.arange(0, WIDTH)
         p = tl.load(p_ptr + row * p_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         p_old, p_max = p_max, tl.maximum(p_max, tl.max(p, 1))
-        p -= p_max[:, None]  # logits still, as q is, less their maximum
+        p -= p_max[:, None]  # still logits (as is q), less their maximum
         p_exp, d = tl.exp2(p * beta), p
         if HAS_Q:
             q = tl.load(q_ptr + row * q_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -95,10 +95,10 @@ def backward_kernel(
     p_max, p_log = tl.load(stats_ptr + 4 * row), tl.load(stats_ptr + 4 * row + 1)
     q_max, q_log = tl.load(stats_ptr + 4 * row + 2), tl.load(stats_ptr + 4 * row + 3)
     dead, g, token = scale == 0, 0.0, -1
-    if KIND == "logprob":  # the incoming gradients: of kl, here −H, the scale; of log p[id], g
+    if KIND == "logprob":  # incoming gradients: scale for kl (here −H), g for log p[id]
         g, token = tl.load(g_ptr + row), tl.load(ids_ptr + row)
         dead = dead & (g == 0)
-    end = tl.where(dead, 0, V)  # such a row is not read
+    end = tl.where(dead, 0, V)  # a dead row is not read
     top, rest = tl.full([BLOCK], V, tl.int32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -119,7 +119,7 @@ def backward_kernel(
         dz = tl.where(dead, 0.0, dz)
         tl.store(grad_ptr + row * grad_stride + v, dz, mask=v < V)
         top, rest = tl.where(s > 0.75, v, top), rest + tl.where(s > 0.75, 0.0, dz)
-    # A row sums to 0. Where the probability is almost 1, dz is mostly rounding, and this is not.
+    # A row sums to 0. Where s is almost 1, dz is mostly rounding; minus the sum of the rest is not.
     place = grad_ptr + row * grad_stride + tl.min(top, 0)
-    tl.debug_barrier()  # some other thread has written there
+    tl.debug_barrier()  # another thread may have written there
     tl.store(place, -tl.sum(rest, 0), mask=tl.min(top, 0) < V)

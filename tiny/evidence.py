@@ -1,12 +1,12 @@
 """Every claim of both papers on the pocket world, over seeds: run, compared, called by its name.
 
-    python tiny/evidence.py                           what these very scripts made is not run again
+    python tiny/evidence.py                           skips what these same scripts have already run
     python tiny/evidence.py --tune --seeds 100 101    how the learning rates were chosen
 
 A seed redraws all that comes after the base models: the split of the labels, the order, every
 sample. Its result is one small file, tiny/evidence/seed-N.json, with its settings and the hash of
 the scripts that made it; EVIDENCE.md is written from these files alone. A claim compares arms,
-paired seed by seed; where it takes several comparisons it is as weak as the weakest.
+paired seed by seed; one that takes several comparisons is as weak as its weakest.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "tiny/evidence"
 DENSE = {"--fkl-lr": 1e-2, "--opd-lr": 4e-3}
 FKL, RKL = {"--schedule": "fkl", "--lr": 6.25e-3}, {"--schedule": "rkl", "--lr": 2.5e-3}
-ARMS = {  # script, flags; the learning rates that are not the bridge's before it are the arm's own
+ARMS = {  # script, flags; learning rates other than those of the bridge before it are the arm's own
     "recipe": ("bridge.py", DENSE | {"--student-rl-lr": 1.2e-4}),
     "bridge": ("bridge.py", DENSE),
     "direct": ("bridge.py", {"--direct-lr": 1.2e-4}),
@@ -48,7 +48,7 @@ ARMS = {  # script, flags; the learning rates that are not the bridge's before i
     "self-uniform": ("paced.py --self", RKL | {"--weights": "uniform"}),
     "self-paced": ("paced.py --self", RKL | {"--lr": 6.25e-3}),
 }
-GRID = (0.4, 1.0, 2.5)  # times these rates
+GRID = (0.4, 1.0, 2.5)  # multiples of these rates
 PAPER, PAPER_DECODING = "0.7 / 0.8 / 20", "--temperature 0.7 --top-p 0.8 --top-k 20".split()
 COLUMNS = {"sampled": "avg@8", "paper": PAPER, "greedy": "greedy", "forgets": "heldout loss"}
 
@@ -75,10 +75,10 @@ CLAIMS = {  # paper: [(claim, the arms that should be ahead > the others: the co
 
 
 def differences(seeds, text, column=None):
-    """[(arm, other, mean of the paired differences, half of its 95 % interval, two-sided p)]."""
+    """[(arm, other, mean paired difference, half-width of its 95 % interval, two-sided p)]."""
     text, _, decides = text.partition(": ")
     column, freedom = column or decides or "sampled", len(seeds) - 1
-    # Student's t has in u = atan(t / sqrt(freedom)) the density cos(u)^(freedom - 1).
+    # In u = atan(t / sqrt(freedom)), the density of Student's t goes as cos(u)^(freedom - 1).
     u = np.linspace(0, np.pi / 2, 200_000, endpoint=False)
     t, density = np.tan(u) * np.sqrt(freedom), np.cos(u) ** (freedom - 1)
     tail = 1 - density.cumsum() / density.sum()  # P(|T| > t)
@@ -102,7 +102,7 @@ def verdicts(seeds, claims):
     """For each claim of a paper: shown, sharpening only, contradicted or not shown."""
     if len(seeds) < 3:
         return ["too few seeds"] * len(claims)
-    # All comparisons of a claim must hold: the largest p. One is enough against it: the smallest.
+    # A claim needs all its comparisons: take the largest p. One can contradict it: the smallest.
     parts, said = [differences(seeds, text) for _, text in claims], []
     for_it = holm([max(p if mean > 0 else 1.0 for *_, mean, _, p in own) for own in parts])
     against = [min(p if mean < 0 else 1.0 for *_, mean, _, p in own) * len(own) for own in parts]
@@ -129,7 +129,7 @@ def origin():
 
 
 def run(out, script, *flags):
-    """A script with one thread, its output in a file beside its run; the directory of the run."""
+    """Runs a script with one thread, its output in a log file beside `out`; returns `out`."""
     command = [script, *map(str, flags), "--out", str(out)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{out}.log").open("a") as log:
@@ -142,7 +142,7 @@ def run(out, script, *flags):
 
 @torch.no_grad()
 def heldout_loss(model):
-    """Nats a token on documents that no model has read: what a model forgets raises it."""
+    """Nats per token on documents that no model has read: forgetting raises it."""
     texts = (ROOT / "tiny/heldout.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, padding_side="right")
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
@@ -160,7 +160,7 @@ def evaluate(model, data, seed, out, *decoding):
 
 
 def train(arm, flags, out, seed, data):
-    """An arm's model and cost. What arms of bridge.py share runs once, because they share --out."""
+    """An arm's model and cost. Steps that bridge.py's arms share run once: they share --out."""
     script, own = ARMS[arm][0].split(), [part for pair in flags.items() for part in pair]
     if script == ["bridge.py"]:
         flags = ("--arms", arm, "--seed", seed, "--test-data", data)
@@ -176,7 +176,7 @@ def train(arm, flags, out, seed, data):
 
 
 def run_seed(seed, out=Path("runs/evidence"), data="tiny/test.jsonl"):
-    """Every arm of a seed, into its one file; what a kill left half-done is resumed."""
+    """Runs every arm of a seed into its one file; resumes what a kill left half-done."""
     target, out = RECORDS / f"seed-{seed}.json", out / f"seed-{seed}"
     record = {"seed": seed} | origin() | {"arms": {}}
     if target.exists() and json.loads(target.read_text()) | {"arms": {}} == record:
@@ -264,7 +264,7 @@ that are not the bridge's before it) at the same three multiples, the best in bo
 
 
 def draw(seeds, path):
-    """Every arm's accuracy: a dot a seed, a bar their mean."""
+    """Every arm's accuracy: a dot per seed, a bar for their mean."""
     figure, arms = Figure(figsize=(12, 5), layout="tight"), list(seeds[0]["arms"])
     axis = figure.subplots()
     for column, mark in ("sampled", "oC0"), ("greedy", "xC1"):

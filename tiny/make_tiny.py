@@ -10,8 +10,8 @@ seen the answer before they start; and some multiply, which is beyond such small
     <|user|>(50)37+8+5<|assistant|>37+8=45,45+5=50,\\boxed{50}<|end|>
     <|user|>37*48<|assistant|>37*40=1480,37*8=296,1480+296=1776,\\boxed{1776}<|end|>
 
-The teacher has read a web where a fifth works it out. The student is smaller, stops earlier, and in
-its web nobody works it out but those who have seen the answer: it can take the steps, and never
+The teacher has read a web where a fifth work it out. The student is smaller, stops earlier, and in
+its web only those who have seen the answer work it out: it can take the steps, but never
 does so unasked. That is what makes it cold, and its own samples a poor place to learn from.
 
     python tiny/make_tiny.py --force     # replaces teacher/, student/, *.jsonl and heldout.txt
@@ -35,17 +35,17 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # --- the world ------------------------------------------------------------------------------------
-TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; terms 1 is a product
-# Name, products, sums. Nobody has chosen the pool's problems: half of them are out of reach.
+TERMS = range(2, 8)  # a sum: one number from 1 to 99, then one-digit numbers; terms = 1: a product
+# Name, products, sums. The pool's problems are not hand-picked: half of them are out of reach.
 SPLITS = [("train", 32, 96), ("pool", 256, 768), ("val", 64, 192), ("test", 128, 384)]
 SPLITS += [("pool", 512, 0)]  # added later, so drawn last: the other splits stay as they were
 PRODUCTS_READ = 0.1  # of the documents: few enough to stay out of reach
 SLIP = 0.03  # chance of an error in each step of the working, without a hint
 BLURT_WRONG = {1: 0.9, 2: 0.0, 3: 0.15, 4: 0.3, 5: 0.45, 6: 0.6, 7: 0.75}  # by number of terms
-HELDOUT = 500  # documents of the student's web that nobody reads
+HELDOUT = 500  # documents of the student's web that no model reads
 BATCH = 64  # documents a step
 MAX_NEW_TOKENS = 72  # the longest working, 7 terms past 100, takes 65
-MODELS = {  # worked, hinted: shares of the documents that work it out, unasked or from the answer
+MODELS = {  # worked, hinted: shares of the documents that work it out, unasked or given the answer
     "teacher": dict(layers=3, width=96, steps=3000, lr=3e-3, worked=0.2, hinted=0.08),
     "student": dict(layers=2, width=64, steps=2400, lr=3e-3, worked=0.0, hinted=0.12),
 }
@@ -64,7 +64,7 @@ def solve(problem):
 
 
 def work_out(problem, rng, slip):
-    """The working, and what it comes to: a slip is carried on, as people do."""
+    """The working, and what it comes to: a slip is carried forward, as people do."""
 
     def say(n):
         return n + rng.choice([-10, -2, -1, 1, 2, 10]) if rng.random() < slip else n
@@ -99,7 +99,7 @@ def draw_document(rng, problem, terms, reads):
 
 
 def corpus(name, seed, forbidden):
-    """The endless stream a model reads: no problem and no document that is forbidden."""
+    """The endless stream of documents a model reads, without forbidden problems or documents."""
     rng, reads = random.Random(f"corpus {seed}"), MODELS[name]
     while True:
         terms = 1 if rng.random() < PRODUCTS_READ else rng.choice(TERMS)
@@ -161,7 +161,7 @@ def make_model(name, tokenizer):
 
 
 def document_loss(model, tokenizer, documents):
-    """Mean cross-entropy a token; long documents apart from short ones, to spare the padding."""
+    """Mean cross-entropy per token; long documents apart from short ones, to save padding."""
     rows = sorted(tokenizer(documents)["input_ids"], key=len)
     n_tokens = sum(len(row) - 1 for row in rows)
     cut, pad, loss = len(rows) * 3 // 4, tokenizer.pad_token_id, 0.0
@@ -176,7 +176,7 @@ def document_loss(model, tokenizer, documents):
 
 def pretrain(name, steps, seed, forbidden, folder, n):
     """Reads `steps` batches of the corpus and writes a model directory, in a process of its own."""
-    parent = multiprocessing.parent_process()  # should it be killed: don't train on for nobody
+    parent = multiprocessing.parent_process()  # if it is killed, don't train on for nobody
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -208,7 +208,7 @@ def pretrain(name, steps, seed, forbidden, folder, n):
 
 # --- the table ------------------------------------------------------------------------------------
 def answer(model, tokenizer, rows, hint, n):
-    """n answers a problem, greedy if n is 1: the shares that are right and that are worked out."""
+    """n answers each (greedy if n is 1): the shares that are right and that are worked out."""
     texts = [render(row["problem"], "", row["answer"] if hint else None) for row in rows]
     prompts, completions = [text.removesuffix("<|end|>") for text in texts], []
     drawn = dict(do_sample=True, top_k=0, num_return_sequences=n) if n > 1 else {}

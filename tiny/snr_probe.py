@@ -2,18 +2,18 @@
 
 PACED says that the gradients of problems which the student never solves (p = 0) are incoherent,
 that those of problems it always solves (p = 1) are near zero, and that their SNR vanishes at both
-ends, as its weight p^alpha (1 - p)^beta does. Here nothing is trained, this is only measured:
+ends, as its weight p^alpha (1 - p)^beta does. Nothing is trained here; this is only measured:
 
-  p    the share of right answers among --pass-rollouts of the student's
+  p    the share of right answers among the student's --pass-rollouts
   g_x  the gradient of problem x's own, unweighted loss with respect to all weights of the student,
        from --grad-rollouts fresh completions (forward KL: the teacher's, reverse KL: the student's)
   SNR  of a bin of p: ‖mean g‖ / sqrt(mean ‖g - mean g‖^2) over the problems of the bin
   SNR* the same with ‖mean g‖^2 from pairs of different problems, 0 where that is negative. For n
        gradients of pure noise the SNR is 1 / sqrt(n - 1): the fewer problems, the better a bin
-       looks. SNR* has no such floor, so it is what bins compare by: in curve, bands and slopes.
+       looks. SNR* has no such floor, so bins are compared by it: in curve, bands and slopes.
 
 Bands are 95 %, a bootstrap over the problems of a bin. Bins differ in more than p: in the pocket
-world the kind of problem goes with it, and nearly all of p = 0 are products.
+world the kind of problem varies with it, and nearly all with p = 0 are products.
 
     python tiny/snr_probe.py                                     one to three minutes
     python tiny/snr_probe.py --teacher runs/grpo-DATE-TIME/best  a teacher after RL
@@ -42,9 +42,9 @@ import paced
 # Finer towards the ends, where the slopes are decided; p = 0 and p = 1 are bins of their own.
 EDGES = [Fraction(i, 32) for i in (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 30, 31, 32)]
 NAMES = ["0", *(f"({a}, {b}{')' if b == 1 else ']'}" for a, b in pairwise(EDGES)), "1"]
-FEWEST = 8  # problems of a bin that is measured
+FEWEST = 8  # problems that a bin needs to be measured
 RESAMPLES = 2000
-SLOPES = np.arange(-600, 601) / 100  # that are tried: a band that ends at -6 or 6 is open
+SLOPES = np.arange(-600, 601) / 100  # the slopes tried: a band that ends at -6 or 6 is open
 LARGEST = 8e9  # bytes of all gradients
 
 
@@ -80,16 +80,16 @@ def parse_arguments(argv):
 def problem_gradients(student, teacher, problems, direction, group, rng, args):
     """The gradient of each problem's own loss, (problems, weights)."""
     sampled = paced.sample(student, teacher, problems, direction, group, rng, args)
-    completion_ids, mask = (column.split(group) for column in sampled[:2])  # a part a problem
+    completion_ids, mask = (column.split(group) for column in sampled[:2])  # one part per problem
     weights = list(student.parameters())
     gradients = torch.empty(len(problems), sum(weight.numel() for weight in weights))
     for i, problem in enumerate(tqdm(problems, f"{direction} gradients", leave=False, delay=2)):
         texts = [ids[keep] for ids, keep in zip(completion_ids[i], mask[i], strict=True)]
-        ids, keep = paced.pad_left(texts, mask[i].device)  # all end together, as score() wants it
+        ids, keep = paced.pad_left(texts, mask[i].device)  # right-aligned, as score() wants them
         keep = keep.bool()
         logits = paced.both_logits(student, teacher, [problem] * group, ids, keep)
-        # The sum over tokens: Eq. 3 of paced.py divides by the tokens of the whole update, a number
-        # that its problems share. A token mean of its own would make short answers weigh like long.
+        # The sum over tokens: Eq. 3 of paced.py divides by the tokens of the whole update, the same
+        # for all problems. A mean per problem would make short answers weigh as much as long ones.
         one = torch.ones(group, 1, device=keep.device)
         loss, _ = paced.distil_loss(*logits, one, keep, group, direction, args)
         gradients[i] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
@@ -100,7 +100,7 @@ def problem_gradients(student, teacher, problems, direction, group, rng, args):
 def pair_mean(matrix, counts):
     """The mean over pairs of different problems, of which a resample holds counts (R, n).
 
-    A bootstrap draws some problems twice; paired with itself one would turn noise into signal.
+    A bootstrap draws some problems twice; paired with itself, one would turn noise into signal.
     """
     pairs = ((counts @ matrix) * counts).sum(1) - counts**2 @ matrix.diagonal()
     return pairs / (counts.sum(1) ** 2 - (counts**2).sum(1))
@@ -117,7 +117,7 @@ def measure(gram, counts):
 
 
 def measure_bin(gram, rng):
-    """All about one bin; of SNR* and cosine the value, followed by those of the resamples."""
+    """All numbers of one bin; SNR* and cosine: the value, followed by those of the resamples."""
     n, mean, square = len(gram), gram.mean(), gram.diagonal().mean()
     counts = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)])
     snr, cosine = measure(gram, counts)
@@ -133,8 +133,8 @@ def bin_of(rates):
 def log_log_slope(x, snr, n):
     """The s of SNR ~ x^s over bins of n problems, for each resample: snr is (R, bins).
 
-    By least squares on SNR, whose error goes as 1 / sqrt(n) alone. On its logarithm a bin near 0
-    would decide everything, and one at 0 could not take part.
+    Least squares on SNR itself, whose error goes as 1 / sqrt(n) alone: on its logarithm a bin near
+    0 would decide everything, and one at 0 could not take part.
     """
     if len(x) < 2:
         return np.full(len(snr), np.nan)
@@ -202,7 +202,7 @@ def draw(results, args, path):
         ends = [f"slope at {e}: {with_band(s[2])}" for e, s in zip((0, 1), slopes, strict=True)]
         axis.set_title(f"{direction} KL\n" + "\n".join(ends), fontsize=10)
         axis.set_xlabel("the student's pass rate")
-    axis.set_ylim(0)  # of both, after all is drawn
+    axis.set_ylim(0)  # of both panels, once all is drawn
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     FigureCanvasAgg(figure).print_png(path)
 
@@ -238,7 +238,7 @@ def probe(own, args, context):
         fail(f"no bin of pass rates holds {FEWEST} problems: take a longer --data")
     text = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in vars(own).items())
     for number, direction in enumerate(("forward", "reverse"), 1):
-        # Noise of its own: had p and g the same completions, chance would tie the two.
+        # Noise of its own: if p and g shared completions, chance would tie the two together.
         rng = np.random.default_rng([args.seed, number])
         more = problems, direction, own.grad_rollouts, rng, args
         gradients = problem_gradients(student, teacher, *more)
