@@ -210,7 +210,7 @@ def place(args, name, script, flags):
         files += [path] if path.is_file() else []
     used = dict(flags)
     for path in files:
-        # Training changes all weights, so the beginning of a file will do.
+        # The first 64 MiB will do: training changes all weights, and data are seldom longer.
         key, content = str(path), path.open("rb").read(2**26)
         if path.suffix == ".py":  # its syntax tree: comments don't count
             key, content = path.name, ast.dump(ast.parse(content, path.name)).encode()

@@ -446,7 +446,7 @@ def group_advantage(reward, kind):
 
 
 def policy_loss(logp, logp_old, advantage, mask, n_tokens):
-    """The loss of a micro-batch (n, T), advantage (n, 1); n_tokens counts the whole update."""
+    """The loss of a micro-batch (n, T), advantage (n, 1); n_tokens: of the whole update / WORLD."""
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # Eq. 2
     bounded = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     # The dual clip: one ratio that has exploded must not outweigh all other tokens.

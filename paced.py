@@ -508,7 +508,7 @@ def both_logits(student, teacher, problems, ids, mask):
 
 
 def distil_loss(student_logits, teacher_logits, weight, mask, n_tokens, direction, args):
-    """The loss of a micro-batch and its KL (n, T); n_tokens counts the whole update."""
+    """The loss of a micro-batch and its KL (n, T); n_tokens: of the whole update / WORLD."""
     logits = student_logits, teacher_logits
     # In place: the gradient overwrites the student's logits, so nothing else may use them.
     kl = softmax_kl(*logits, direction, args.temperature, mask, inplace_backward=True)  # Eq. 2

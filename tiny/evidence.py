@@ -5,7 +5,7 @@
 
 A seed redraws all that comes after the base models: the split of the labels, the order, every
 sample. Its result is one small file, tiny/evidence/seed-N.json, with its settings and the hash of
-the scripts that made it; EVIDENCE.md is written from these files alone. A claim compares arms,
+the scripts that made it; EVIDENCE.md is written from these files and why.md. A claim compares arms,
 paired seed by seed; one that takes several comparisons is as weak as its weakest.
 """
 
@@ -212,7 +212,7 @@ def table(head, rows):
 
 
 def evidence(seeds):
-    """EVIDENCE.md, from the seeds' records alone."""
+    """EVIDENCE.md, from the seeds' records and why.md."""
     arms, claims = [], []
     for arm in seeds[0]["arms"]:
         runs = [seed["arms"][arm] for seed in seeds]
