@@ -113,9 +113,9 @@ def parse_arguments(argv):
     parser.add_argument("--test-data", nargs="+", help="[tiny/test.jsonl, paper math500 aime24 25]")
     parser.add_argument("--prompts", help="unlabelled [tiny/prompts.jsonl, else those of --data]")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=["recipe", "direct"])
-    parser.add_argument("--out", type=Path, help="of the run; the same command resumes it")
+    parser.add_argument("--out", type=Path, help="directory of the run; its command resumes it")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, goes to every script")
-    parser.add_argument("--nproc", type=int, default=1, help="of each step; by torchrun from 2 on")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each step, by torchrun")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
     parser.add_argument("--skip-teacher-rl", action="store_true", help="--teacher has had it")
@@ -220,7 +220,7 @@ def place(args, name, script, flags):
     if used not in runs:
         if runs:
             was = [f"{key} was {old}" for key, old in runs[-1].items() if used.get(key) != old]
-            print(f"\n{name} runs anew, in a new directory: {', '.join(was)}")
+            print(f"\n{name} runs again, in a new directory: {', '.join(was)}")
         runs.append(used)
         write_whole(record, json.dumps(known, indent=1))
     number = runs.index(used) + 1
@@ -349,11 +349,11 @@ def main(argv=None):
         if teacher.get_vocab() != student.get_vocab():
             fail(f"{args.teacher} and {args.student} have different tokenizers: no bridge between")
         if args.out.exists() and any(args.out.iterdir()) and not (args.out / "lock").exists():
-            fail(f"{args.out} holds something that is no run of the recipe: give another --out")
+            fail(f"{args.out} holds something that is not a run of the recipe: give another --out")
         splits = split_problems(args, student)
         if args.dry_run:
             return run_all(args, splits)
-        print(f"--out {args.out} goes on with this run, once no step of it is at work any more")
+        print(f"--out {args.out} goes on with this run, once none of its steps is running any more")
         (args.out / "data").mkdir(parents=True, exist_ok=True)
         with (args.out / "lock").open("w") as lock:  # a step that outlives us still holds it
             os.set_inheritable(lock.fileno(), True)
@@ -365,7 +365,7 @@ def main(argv=None):
     except (OSError, SyntaxError) as error:  # no such file; a syntax error in a script
         fail(str(error).splitlines()[0])
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out goes on at the unfinished step")
+        fail("stopped; the same command with --out resumes at the unfinished step")
 
 
 if __name__ == "__main__":

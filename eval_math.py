@@ -62,7 +62,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--temperature", 1.0, 0.7, 1e-3, "of sampling"),
     ("--top-k", 0, 20, 0, "sample from the likeliest k tokens only; 0: from all"),
     ("--top-p", 1.0, 0.8, 1e-3, "and of these from the likeliest that together reach p"),
-    ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
+    ("--prompt-suffix", "", SUFFIX, None, "appended to every problem"),
     ("--rollout-batch", 1024, 64, 1, "completions sampled at once; bounds the KV cache"),
 ]
 
@@ -80,7 +80,7 @@ def model_path(path):
     config = Path(path, "config.json")
     found = config.exists() and "model_type" in config.read_text()
     if not found and (Path(path).is_dir() or path.count("/") > 1):  # hub names: one slash at most
-        fail(f"{path} holds no model; of a run take its best/ or its final/")
+        fail(f"{path} holds no model; to use a run, give its best/ or final/")
     return path
 
 
@@ -98,7 +98,7 @@ def parse_arguments(argv):
     parser.add_argument("--thinking", action="store_true", help="the template's thinking mode")
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k [1 2 4 ... n]")
     parser.add_argument("--plot", action="store_true", help="draw results.png (needs matplotlib)")
-    parser.add_argument("--regrade", metavar="FILE", help="judge a samples.jsonl anew, and stop")
+    parser.add_argument("--regrade", metavar="FILE", help="grade a samples.jsonl again, and stop")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs: B minus A")
     args = parser.parse_args(argv)
     if args.regrade or args.compare:
@@ -165,7 +165,7 @@ def read_rows(source):
         try:
             yield f"{source}:{number}", {**json.loads(line)}
         except (ValueError, TypeError):
-            fail(f"{source}:{number}: not a JSON object; mend or delete this line")
+            fail(f"{source}:{number}: not a JSON object; fix or delete this line")
 
 
 def render(text, tokenizer, args):
@@ -197,7 +197,7 @@ def load_problems(source, tokenizer, args, context):
             fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where it finds no files for one
-            fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
+            fail(f"{where}: a prompt without tokens: is the tokenizer missing from the model?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
@@ -257,7 +257,7 @@ def read_answers(problems):
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
     if bad := [p["where"] for p in problems if p["answer"] is None]:
-        fail(f"{', '.join(bad[:20])}: no answer (solution, ground_truth) to be read; mend or drop")
+        fail(f"{', '.join(bad[:20])}: no answer (solution, ground_truth) is readable; fix or drop")
 
 
 @lru_cache(maxsize=100_000)
@@ -387,7 +387,7 @@ def open_run(args, model, problems):
         if differs:
             fail(f"{out}: {', '.join(differs)}: a new --out keeps both; --regrade takes no samples")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
-        fail(f"{out} holds something that is no run: give another --out")
+        fail(f"{out} holds something that is not a run: give another --out")
     out.mkdir(parents=True, exist_ok=args.out is not None)  # never two runs in one
     write_whole(path, config)
     path = out / "samples.jsonl"
@@ -481,7 +481,7 @@ def report(out, lines, args, config):
     if metrics["clipped"]["mean"] > 0.5:
         print("over half of the completions are cut: --max-new-tokens")
     if len(problems) < 50:
-        print("so few problems: these intervals are too narrow, and where all agree, without width")
+        print("so few problems: these intervals are too narrow, and have no width where all agree")
     if args.plot:
         import matplotlib.pyplot as plt
 
@@ -546,7 +546,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --rollout-batch")
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out goes on")
+        fail("stopped; the same command with --out resumes")
     if WORLD > 1:
         dist.barrier()  # no process exits while another still writes
         dist.destroy_process_group()

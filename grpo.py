@@ -64,7 +64,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--updates-per-step", 1, 4, 1, "optimizer steps that share the rollouts of a step"),
     ("--max-new-tokens", 72, 8192, 1, "T, where a completion is cut"),
     ("--temperature", 1.0, 1.0, 1e-3, "of sampling and of scoring"),
-    ("--prompt-suffix", "", SUFFIX, None, "stands behind every problem"),
+    ("--prompt-suffix", "", SUFFIX, None, "appended to every problem"),
     ("--steps", 30, 100, 1, "batches of rollouts"),  # paper: our choice
     ("--lr", 3e-4, 1e-6, 0, "learning rate, constant after the warmup"),
     ("--warmup-steps", 0, 0, 0, "steps of linear warmup"),
@@ -72,7 +72,7 @@ FLAGS = [  # name, tiny preset, paper preset, least value, meaning
     ("--grad-clip", 1.0, 1.0, 1e-9, "largest norm of the gradient"),
     ("--micro-batch", 32, 1, 1, "completions scored at once; does not change the gradient"),
     ("--rollout-batch", 2048, 64, 1, "completions sampled at once; bounds the KV cache"),
-    ("--checkpointing", 0, 1, 0, "1: compute activations anew for the gradient, to save memory"),
+    ("--checkpointing", 0, 1, 0, "1: recompute activations for the gradient, to save memory"),
     ("--val-every", 10, 10, 1, "steps between validations"),  # paper: our choice
     ("--save-every", 10, 10, 1, "steps between checkpoints"),  # paper: our choice
 ]
@@ -93,7 +93,7 @@ def model_path(path):
     config = Path(path, "config.json")
     found = config.exists() and "model_type" in config.read_text()
     if not found and (Path(path).is_dir() or path.count("/") > 1):  # hub names: one slash at most
-        fail(f"{path} holds no model; of a run take its best/ or its final/")
+        fail(f"{path} holds no model; to use a run, give its best/ or final/")
     return path
 
 
@@ -178,7 +178,7 @@ def read_rows(source):
             try:
                 yield f"{source}:{number}", {**json.loads(line)}
             except (ValueError, TypeError):
-                fail(f"{source}:{number}: not a JSON object; mend or delete this line")
+                fail(f"{source}:{number}: not a JSON object; fix or delete this line")
         return
     name, *parts = source.split(":")
     try:
@@ -186,7 +186,7 @@ def read_rows(source):
 
         rows = load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
     except ImportError:
-        fail(f"{source} is no file; data sets of the hub need: pip install datasets")
+        fail(f"{source} is not a file; data sets of the hub need: pip install datasets")
     except ValueError as error:  # no such split, or a set that holds several configurations
         fail(f"{source}: {' '.join(str(error).splitlines()[:2])}")
     if source == DAPO:  # the authors' split: 80 %, seed 42
@@ -223,7 +223,7 @@ def load_problems(source, tokenizer, args, context):
             fail(f"{where}: no problem (question, prompt) with text among {', '.join(row)}")
         prompt, ids = render(text, tokenizer, args)
         if not ids:  # transformers makes an empty tokenizer where it finds no files for one
-            fail(f"{where}: a prompt without tokens: has the model's directory its tokenizer?")
+            fail(f"{where}: a prompt without tokens: is the tokenizer missing from the model?")
         problems.append(dict(where=where, row=row, problem=text, prompt=prompt, ids=ids))
     fits = [p for p in problems if len(p["ids"]) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
@@ -283,7 +283,7 @@ def read_answers(problems):
         readable = meant and (INTEGER.fullmatch(answer) or parse_answer(answer))
         problem["answer"] = answer if readable else None
     if bad := [p["where"] for p in problems if p["answer"] is None]:
-        fail(f"{', '.join(bad[:20])}: no answer (solution, ground_truth) to be read; mend or drop")
+        fail(f"{', '.join(bad[:20])}: no answer (solution, ground_truth) is readable; fix or drop")
 
 
 @lru_cache(maxsize=100_000)
@@ -498,7 +498,7 @@ def open_run(args, problems):
         if differs:
             fail(f"{out}: {', '.join(differs)}: --overwrite starts afresh, a new --out keeps both")
     elif out.exists() and set(out.iterdir()) - {path.with_suffix(".new")}:
-        fail(f"{out} holds something that is no run: give another --out")
+        fail(f"{out} holds something that is not a run: give another --out")
     out.mkdir(parents=True, exist_ok=args.out is not None)  # never two runs in one
     path.with_suffix(".new").write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.with_suffix(".new").replace(path)
@@ -531,7 +531,7 @@ def save(path, model, tokenizer, optimizer=(), state=None):
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except Exception as error:  # on a full disk torch, safetensors, Python raise different errors
         shutil.rmtree(new, ignore_errors=True)
-        fail(f"cannot write {path} ({error}): what stood there stays; make room, then resume")
+        fail(f"cannot write {path} ({error}): what was there is kept; make room, then resume")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -556,7 +556,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail('out of GPU memory: README, "From the laptop to the cluster", says what helps')
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out goes on")
+        fail("stopped; the same command with --out resumes")
     if WORLD > 1:
         dist.barrier()  # no process exits while another still writes
         dist.destroy_process_group()

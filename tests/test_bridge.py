@@ -492,7 +492,7 @@ def test_what_is_done_is_not_done_again(whole, again, capsys):
     bridge.main(flags)
     assert launched == []
     printed = capsys.readouterr().out
-    assert printed.count("done before") == 26 and "runs anew" not in printed
+    assert printed.count("done before") == 26 and "runs again" not in printed
     assert (whole[0] / "table.md").read_text() in printed
 
 
@@ -505,7 +505,7 @@ def test_other_settings_run_anew_with_what_depends_on_them(whole, again, capsys)
     assert sorted(names_of(launched, whole[0])) == sorted(steps + evaluations)
     printed = capsys.readouterr().out
     was = bridge.SETTINGS["--opd-lr"][0]
-    assert "2b-opd runs anew" in printed and f"--lr was {was}" in printed
+    assert "2b-opd runs again" in printed and f"--lr was {was}" in printed
     assert f"--model was {whole[0]}/2b-opd/final" in printed
     assert (whole[0] / "2b-opd/final/model.safetensors").read_bytes() == before
     results = json.loads((whole[0] / "results.json").read_text())
@@ -576,8 +576,8 @@ def test_an_edited_script_runs_anew_but_not_for_a_comment(again, tmp_path, monke
     with pytest.raises(SystemExit):
         bridge.main(flags)
     printed = capsys.readouterr()
-    assert "2b-opd runs anew" in printed.out and "opd.py was" in printed.out
-    assert "2a-fkl runs anew" not in printed.out
+    assert "2b-opd runs again" in printed.out and "opd.py was" in printed.out
+    assert "2a-fkl runs again" not in printed.out
     (tmp_path / "opd.py").write_text("def broken(:")
     with pytest.raises(SystemExit) as stop:
         bridge.main(flags)
@@ -786,7 +786,7 @@ def test_bad_flags(capsys, monkeypatch, more, said):
 def test_a_directory_of_something_else(tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.tex").write_text("ten years of work")
     said = refusal(capsys, ["--out", str(tmp_path)], monkeypatch)
-    assert f"{tmp_path} holds something that is no run" in said
+    assert f"{tmp_path} holds something that is not a run" in said
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -1237,11 +1237,11 @@ def test_another_run_in_out(capsys, data, tmp_path, monkeypatch):
     assert (model / "model.safetensors").exists()
     for no_model in (out, tmp_path, ROOT / "tiny", "runs/nowhere/best"):
         said = refusal(capsys, command(data, "--model", str(no_model)))
-        assert "holds no model; of a run take its best/ or its final/" in said
+        assert "holds no model; to use a run, give its best/ or final/" in said
     for file in model.glob("*token*"):
         file.unlink()
     said = refusal(capsys, command(data, "--model", str(model)))
-    assert "has the model's directory its tokenizer?" in said
+    assert "is the tokenizer missing from the model?" in said
 
 
 def test_ctrl_c_is_one_line(capsys, data, tmp_path, monkeypatch):
@@ -1250,7 +1250,7 @@ def test_ctrl_c_is_one_line(capsys, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(grpo, "grade", stopped)
     said = refusal(capsys, command(data, "--out", str(tmp_path / "run")))
-    assert said == "grpo.py: stopped; the same command with --out goes on"
+    assert said == "grpo.py: stopped; the same command with --out resumes"
 
 
 def test_memory_that_runs_out_is_told_in_a_line(capsys, data, tmp_path, monkeypatch):

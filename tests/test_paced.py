@@ -310,7 +310,7 @@ def test_each_arm_draws_what_it_keeps_and_as_many(
             rate = None if weights == "uniform" else pytest.approx(np.mean(RATES))
             assert line["pass_rate"] == rate
         printed = capsys.readouterr().out
-        said = re.search(f"{len(kept)} of 5 problems weigh; effectively {ess:.0f} ", printed)
+        said = re.search(f"{len(kept)} of 5 problems count, like {ess:.0f} ", printed)
         assert bool(said) == (weights != "uniform")
     assert drawn["fkl"] == drawn["rkl"]  # one weight path for both directions
 
