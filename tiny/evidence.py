@@ -1,4 +1,4 @@
-"""Every claim of both papers on the pocket world, over seeds: run, compared, called by its name.
+"""Every claim of both papers on the pocket world, over seeds: run, compared and judged.
 
     python tiny/evidence.py                           skips what these same scripts have already run
     python tiny/evidence.py --tune --seeds 100 101    how the learning rates were chosen
